@@ -1,0 +1,19 @@
+"""``python -m jobs``: the list of jobs."""
+
+from __future__ import annotations
+
+JOBS = {
+    "data": "download, build, repackage or inspect a corpus",
+    "tokenizer": "train a tokenizer, or compare it with others",
+    "pretrain": "pretrain a model from scratch, or go on with a run",
+}
+
+
+def main() -> None:
+    print("python -m jobs.<name> --help tells a job's flags. The jobs:\n")
+    for name, what in JOBS.items():
+        print(f"  {name:<10} {what}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""nanoray: nanochat on Ray."""

@@ -1,0 +1,408 @@
+"""Shards: parquet files ``shard_*.parquet`` with one string column ``text``.
+
+A corpus is a folder of them; the last one is for validation, the others are for training. What
+comes out of `read_row_group` has been checked: it is never trusted before, never checked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from nanoray import storage
+from nanoray.data.units import RowGroup
+from nanoray.errors import NanorayError
+
+OnBad = Literal["fail", "skip"]
+TEXT_COLUMN = "text"
+ROW_GROUP_SIZE = 1024
+SHARD_CHARS = 250_000_000
+FOOTER_THREADS = 16
+# A footer of a shard is some kilobytes; one read of the tail nearly always holds all of it.
+_TAIL_BYTES = 64 * 1024
+_T = TypeVar("_T")
+
+
+class BadShardError(NanorayError):
+    """A shard's content is wrong (not the storage around it). ``kind`` is the counter's key."""
+
+    def __init__(self, message: str, kind: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[Any, ...]:  # it travels out of Ray tasks
+        return type(self), (str(self), self.kind)
+
+
+def list_shards(corpus_dir: str) -> list[str]:
+    """The sorted URIs of a corpus's shards; the last is the validation shard.
+
+    Raises:
+        NanorayError: no shard, only one, or a corpus whose building was cut short.
+    """
+    names = storage.list_names(corpus_dir)
+    shards = [name for name in names if name.startswith("shard_") and name.endswith(".parquet")]
+    name = corpus_dir.rstrip("/").rsplit("/", 1)[-1]
+    if not shards:
+        raise NanorayError(
+            f"no corpus at {corpus_dir} (no file shard_*.parquet); make one with `{_mend(name)}`, "
+            f"or name another with --corpus"
+        )
+    if len(shards) == 1:
+        raise NanorayError(
+            f"corpus {corpus_dir} has only one shard ({shards[0]}), but the last shard is kept for "
+            f"validation, so training needs at least two; get more with `{_mend(name)}`"
+        )
+    return [storage.join(corpus_dir, shard) for shard in shards]
+
+
+def _mend(name: str) -> str:
+    if name == "docstrings":
+        return "python -m jobs.data build --corpus docstrings"
+    if name in ("climbmix", "fineweb-edu"):
+        return f"python -m jobs.data download --corpus {name} --num-shards 8"
+    return f"python -m jobs.data build --corpus {name} --from PATH"
+
+
+def split_shards(shards: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Training shards and validation shards (the last one)."""
+    return list(shards[:-1]), list(shards[-1:])
+
+
+def map_threads(function: Callable[[str], _T], uris: Sequence[str]) -> Iterator[_T]:
+    """``map`` in order over some threads: footers are small reads that wait for storage."""
+    if len(uris) <= 2:
+        yield from map(function, uris)
+        return
+    with ThreadPoolExecutor(min(FOOTER_THREADS, len(uris))) as pool:
+        yield from pool.map(function, uris)
+
+
+def row_groups(
+    shards: Sequence[str], on_bad: OnBad = "fail", skipped: Counter[str] | None = None
+) -> list[RowGroup]:
+    """All row groups of the shards in order, from their footers only.
+
+    Args:
+        on_bad: ``skip`` leaves out shards whose footer cannot be read or that have no usable
+            ``text`` column.
+        skipped: counts what was left out, by kind (in shards).
+
+    Raises:
+        NanorayError: such a shard, with ``fail``; a shard that storage does not give, always.
+    """
+
+    def of_shard(uri: str) -> list[RowGroup] | BadShardError:
+        try:
+            with open_shard(uri) as file:
+                check_schema(uri, file.schema_arrow)
+                meta = file.metadata
+        except BadShardError as error:
+            return error
+        groups = (meta.row_group(i) for i in range(meta.num_row_groups))
+        return [RowGroup(uri, i, g.num_rows, g.total_byte_size) for i, g in enumerate(groups)]
+
+    found: list[RowGroup] = []
+    for result in map_threads(of_shard, shards):
+        if not isinstance(result, BadShardError):
+            found.extend(result)
+        elif on_bad == "fail":
+            raise result
+        elif skipped is not None:
+            skipped[f"shard_{result.kind}"] += 1
+    return found
+
+
+@contextlib.contextmanager
+def open_shard(uri: str) -> Iterator[pq.ParquetFile]:
+    """A parquet file, read through fsspec unless it is local.
+
+    Raises:
+        BadShardError: it is no parquet file, is cut short or damaged.
+        NanorayError: the storage does not give it.
+    """
+    with _shard_errors(uri, ""), contextlib.ExitStack() as stack:
+        local = storage.is_local(uri)
+        source = storage.normalize(uri) if local else stack.enter_context(storage.open_read(uri))
+        yield stack.enter_context(
+            pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=not local)
+        )
+
+
+@contextlib.contextmanager
+def _shard_errors(uri: str, where: str) -> Iterator[None]:
+    """Tell damaged content, which may be skipped, from storage that fails, which may not:
+    what is trained on must follow from the content alone."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NanorayError(f"shard {uri} does not exist") from error
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        no_data = isinstance(error, (PermissionError, ConnectionError, TimeoutError))
+        if no_data or getattr(error, "errno", None) is not None:
+            raise NanorayError(f"shard {uri} cannot be read from storage: {error}") from error
+        reason = str(error).strip().split("\n")[0][:200]
+        raise BadShardError(
+            f"shard {uri}{where} is damaged or cut short ({reason}); delete it and fetch or build "
+            f"it again, or pass --on-bad-shard skip",
+            "damaged",
+        ) from error
+
+
+def check_schema(uri: str, schema: pa.Schema, column: str = TEXT_COLUMN) -> None:
+    """Raise BadShardError unless ``column`` is there and holds strings (or bytes)."""
+    if schema.names.count(column) != 1:
+        raise BadShardError(
+            f"shard {uri} has no column {column!r} (it has: {', '.join(schema.names) or 'none'}); "
+            f"rebuild it with `python -m jobs.data build --from PATH --text-column NAME`",
+            "missing_column",
+        )
+    kind = schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise BadShardError(
+            f"shard {uri} has a column {column!r} of type {kind}, which is not text; rebuild it "
+            f"with `python -m jobs.data build --from PATH --text-column NAME`",
+            "wrong_type",
+        )
+
+
+def read_row_group(
+    uri: str, row_group: int, on_bad: OnBad = "fail", column: str = TEXT_COLUMN
+) -> tuple[list[str], dict[str, int]]:
+    """The valid documents of one row group, in order.
+
+    Returns:
+        The texts, and how many rows were skipped by kind: ``null``, ``empty`` (or white space),
+        ``invalid_utf8``; ``damaged``, ``missing_column`` and ``wrong_type`` count 1 for the whole
+        row group. Always empty with ``fail``.
+
+    Raises:
+        BadShardError: any of these, with ``fail``; names shard, row group and row.
+        NanorayError: the storage does not give the shard.
+    """
+    try:
+        values = _read_column(uri, row_group, column)
+    except BadShardError as error:
+        if on_bad == "fail":
+            raise
+        return [], {error.kind: 1}
+    texts, bad = _check_rows(values)
+    if bad and on_bad == "fail":
+        row, kind = min((rows[0], kind) for kind, rows in bad.items())
+        raise BadShardError(
+            f"shard {uri}, row group {row_group}, row {row}: {_WHAT[kind]}; mend the data or pass "
+            f"--on-bad-shard skip",
+            kind,
+        )
+    return texts, {kind: len(rows) for kind, rows in bad.items()}
+
+
+_WHAT = {
+    "null": "the text is missing (null)",
+    "empty": "the text is empty or white space",
+    "invalid_utf8": "the text is not valid UTF-8",
+}
+
+
+def bad_rows(uri: str, row_group: int, column: str = TEXT_COLUMN) -> dict[str, list[int]]:
+    """Row numbers of a row group's unusable rows, by kind. Raises BadShardError."""
+    return _check_rows(_read_column(uri, row_group, column))[1]
+
+
+def _read_column(uri: str, row_group: int, column: str) -> pa.ChunkedArray:
+    where = f", row group {row_group},"
+    with open_shard(uri) as file, _shard_errors(uri, where):
+        check_schema(uri, file.schema_arrow, column)
+        if not 0 <= row_group < file.num_row_groups:
+            raise NanorayError(
+                f"shard {uri} has {file.num_row_groups} row groups, but row group {row_group} was "
+                f"planned: it changed since; start the job again"
+            )
+        return file.read_row_group(row_group, columns=[column]).column(column)
+
+
+def _check_rows(values: pa.ChunkedArray) -> tuple[list[str], dict[str, list[int]]]:
+    """Valid texts and the numbers of the bad rows by kind."""
+    try:
+        values.validate(full=True)  # at C++ speed; the rare bad group takes the slow path
+        # Something that is not white space. Arrow's trim would copy, and fails on bad UTF-8.
+        has_text = pc.match_substring_regex(values, r"[^\s\v\x{85}\p{Z}]")
+        if values.null_count == 0 and pc.all(has_text).as_py() is not False:
+            return values.to_pylist(), {}
+    except pa.ArrowInvalid:
+        pass
+    texts: list[str] = []
+    bad: dict[str, list[int]] = {}
+    raw_type = pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary()
+    raw_rows = (raw for chunk in values.chunks for raw in chunk.view(raw_type).to_pylist())
+    for row, raw in enumerate(raw_rows):
+        kind = _classify(raw)
+        if kind is None:
+            texts.append(raw.decode("utf-8"))
+        else:
+            bad.setdefault(kind, []).append(row)
+    return texts, bad
+
+
+def _classify(raw: bytes | None) -> str | None:
+    if raw is None:
+        return "null"
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "invalid_utf8"
+    return None if text.strip() else "empty"
+
+
+def write_shard(uri: str, texts: Sequence[str], row_group_size: int = ROW_GROUP_SIZE) -> None:
+    """Write one shard and publish it atomically.
+
+    zstd; no dictionary and no statistics, which only cost space in a column of long, distinct
+    strings. Pages carry checksums. The footer carries a hash of the texts, so that
+    `corpus_fingerprint` sees any change of content. Same texts, same bytes.
+    """
+    with _ShardFile(uri) as file:
+        for start in range(0, len(texts), row_group_size):
+            file.write(texts[start : start + row_group_size])
+
+
+class _ShardFile:
+    """One shard being written aside; published on a clean exit, else deleted."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.num_docs = 0
+        self.num_chars = 0
+        self._sha256 = hashlib.sha256()
+        folder = None
+        if storage.is_local(uri):
+            folder = os.path.dirname(storage.normalize(uri))
+            os.makedirs(folder, exist_ok=True)
+        name = uri.rsplit("/", 1)[-1]
+        handle, self._aside = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
+        os.close(handle)
+        os.chmod(self._aside, 0o644)
+        self._writer = pq.ParquetWriter(
+            self._aside,
+            pa.schema([(TEXT_COLUMN, pa.string())]),
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
+
+    def write(self, texts: Sequence[str]) -> None:
+        """Append one row group."""
+        array = pa.array(texts, pa.string())
+        self._writer.write_table(pa.table({TEXT_COLUMN: array}), row_group_size=len(texts))
+        lengths = pc.binary_length(array).to_numpy()
+        self._sha256.update(lengths.tobytes())
+        self._sha256.update("".join(texts).encode("utf-8"))
+        self.num_docs += len(texts)
+        self.num_chars += sum(map(len, texts))
+
+    def publish(self) -> None:
+        self._writer.add_key_value_metadata({"nanoray.sha256": self._sha256.hexdigest()})
+        self._writer.close()
+        storage.upload(self._aside, self.uri)
+        self._clean()
+
+    def discard(self) -> None:
+        with contextlib.suppress(Exception):  # a full disk fails again here
+            self._writer.close()
+        self._clean()
+
+    def _clean(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self._aside)
+
+    def __enter__(self) -> _ShardFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            try:
+                self.publish()
+            except BaseException:
+                self.discard()
+                raise
+        else:
+            self.discard()
+
+
+class ShardWriter:
+    """Streams texts into ``shard_00000.parquet``, ``shard_00001.parquet``, …
+
+    A shard is closed at the end of the row group with which it reaches ``shard_chars``.
+
+    Example:
+        with ShardWriter(folder, shard_chars=1_000_000) as writer:
+            for text in texts:
+                writer.write(text)
+        print(writer.shards)
+    """
+
+    def __init__(
+        self, out_dir: str, shard_chars: int = SHARD_CHARS, row_group_size: int = ROW_GROUP_SIZE
+    ) -> None:
+        self.out_dir = out_dir
+        self.shard_chars = shard_chars
+        self.row_group_size = row_group_size
+        self.shards: list[str] = []
+        self.num_docs = 0
+        self.num_chars = 0
+        self._buffer: list[str] = []
+        self._file: _ShardFile | None = None
+
+    def write(self, text: str) -> None:
+        self._buffer.append(text)
+        if len(self._buffer) == self.row_group_size:
+            self._flush()
+            if self._file is not None and self._file.num_chars >= self.shard_chars:
+                self.next_shard()
+
+    def next_shard(self) -> None:
+        """Finish the current shard; the next text begins a new one."""
+        self._flush()
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        with file:
+            pass
+        self.shards.append(file.uri)
+        self.num_docs += file.num_docs
+        self.num_chars += file.num_chars
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        if self._file is None:
+            self._file = _ShardFile(storage.join(self.out_dir, shard_name(len(self.shards))))
+        self._file.write(self._buffer)
+        self._buffer = []
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self.next_shard()
+        elif self._file is not None:
+            self._file.discard()
+
+
+def shard_name(index: int) -> str:
+    """``shard_00042.parquet``."""
+    return f"shard_{index:05d}.parquet"

@@ -1,0 +1,70 @@
+"""The training stream on Ray Data: units are packed in Ray tasks, blocks arrive in order.
+
+What makes it a pure function (measured on Ray 2.60): execution order is preserved, blocks are cut
+strictly, and `streaming_split` hands block k to worker k mod W. One dataset spans the whole
+horizon, because every new execution costs seconds. The tasks import no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import ray.data
+
+from nanoray.data.blocks import Block, Cursor, unit_block
+from nanoray.data.plan import StreamPlan
+from nanoray.tokenizer import Tokenizer, load_tokenizer
+
+
+@lru_cache(maxsize=2)
+def _cached_tokenizer(uri: str) -> Tokenizer:
+    return load_tokenizer(uri)
+
+
+def training_dataset(
+    plan: StreamPlan, cursor: Cursor, tokenizer: str, concurrency: int | None = None
+) -> ray.data.Dataset:
+    """All rows from ``cursor`` to one slab past the horizon, in blocks of ``rows_per_block``.
+
+    Args:
+        tokenizer: its folder or URI, which every node that packs must see.
+        concurrency: packing tasks at once (None: as many as there are CPUs free).
+    """
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    indices = plan.unit_indices(cursor.unit)
+
+    def pack(batch: dict[str, np.ndarray]) -> Block:
+        (index,) = batch["item"]
+        skip = cursor.row if index == cursor.unit else 0
+        return unit_block(plan, _cached_tokenizer(tokenizer), int(index), skip)
+
+    pack.__name__ = "tokenize_and_pack"
+    units = ray.data.from_items(list(indices), override_num_blocks=len(indices))
+    packed = units.map_batches(
+        pack,
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=1,
+        compute=ray.data.TaskPoolStrategy(size=concurrency),
+    )
+    return packed.repartition(target_num_rows_per_block=plan.layout.rows_per_block, strict=True)
+
+
+def worker_blocks(shard: Any, plan: StreamPlan, cursor: Cursor) -> Iterator[Block]:
+    """The blocks of this worker's shard (a `ray.data.DataIterator`), as numpy."""
+    batches = shard.iter_batches(
+        batch_size=plan.layout.rows_per_block,
+        batch_format="numpy",
+        prefetch_batches=2 * plan.layout.stripes,
+        drop_last=True,
+    )
+    for block in batches:
+        at = Cursor(int(block["unit"][0]), int(block["row"][0]))
+        assert (at.unit, at.row) >= (cursor.unit, cursor.row), "the stream began too early"
+        yield block

@@ -1,0 +1,92 @@
+"""Samples by the naive full forward: slow, simple, and the reference of the engine's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nanoray.tokenizer import Tokenizer
+
+# The prompts that nanochat shows, so that samples can be compared side by side.
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+
+@torch.no_grad()
+def sample_naive(
+    logits: Callable[[Tensor], Tensor],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    stop_ids: Sequence[int],
+    temperature: float,
+    seed: int,
+    device: torch.device,
+) -> list[list[int]]:
+    """Continue each prompt by a full forward for every token.
+
+    Args:
+        logits: ids [1, T] → logits [1, T, vocab].
+        temperature: 0 takes the likeliest token.
+
+    Returns:
+        The new ids of each prompt, without the stop token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    outputs = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(max_tokens):
+            scores = logits(torch.tensor([ids], device=device))[0, -1].float().cpu()
+            if temperature == 0:
+                token = int(scores.argmax())
+            else:
+                probabilities = torch.softmax(scores / temperature, -1)
+                token = int(torch.multinomial(probabilities, 1, generator=generator))
+            if token in stop_ids:
+                break
+            ids.append(token)
+        outputs.append(ids[len(prompt) :])
+    return outputs
+
+
+def sample_report(
+    logits: Callable[[Tensor], Tensor],
+    tokenizer: Tokenizer,
+    *,
+    step: int,
+    seed: int,
+    device: torch.device,
+    num_free: int = 3,
+    free_tokens: int = 64,
+) -> str:
+    """A Markdown section: the seven prompts continued greedily, and free samples."""
+
+    def continue_(prompts: list[list[int]], max_tokens: int, temperature: float) -> list[str]:
+        outputs = sample_naive(
+            logits,
+            prompts,
+            max_tokens=max_tokens,
+            stop_ids=[tokenizer.bos_id],
+            temperature=temperature,
+            seed=seed,
+            device=device,
+        )
+        return [tokenizer.decode(ids).replace("\n", " ⏎ ") for ids in outputs]
+
+    bos = tokenizer.bos_id
+    lines = [f"## Step {step}", ""]
+    greedy = continue_([[bos, *tokenizer.encode(prompt)] for prompt in PROMPTS], 16, 0.0)
+    lines += [f"- {prompt}**{text}**" for prompt, text in zip(PROMPTS, greedy)]
+    lines += ["", "Without a prompt:", ""]
+    lines += [f"- {text}" for text in continue_([[bos]] * num_free, free_tokens, 0.8)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,288 @@
+"""The one way to a cluster: connect, preflight, and the board where a run's workers report.
+
+Local: starts Ray on this machine, closed to others. With ``RAY_ADDRESS`` set, as inside a Ray
+job, it joins that cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nanoray.errors import NanorayError
+
+CONNECT_DEADLINE_S = 60.0
+PREFLIGHT_DEADLINE_S = 8.0
+# A local Ray gets more logical CPUs than there are cores: trainers sleep while they wait for data
+# and data tasks while they wait for room, and a trainer sets its own number of threads.
+EXTRA_LOGICAL_CPUS = 2
+
+
+def on_cluster() -> bool:
+    """Whether `connect` would join a running cluster rather than start Ray here."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def connect(
+    *, dashboard: bool = False, quiet: bool = True, namespace: str | None = "nanoray"
+) -> None:
+    """Connect this process to Ray, once.
+
+    Raises:
+        NanorayError: the cluster of ``RAY_ADDRESS`` does not answer.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # report() waits for this poll, and lost workers are noticed by it (default: 2 s).
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    options: dict[str, Any] = {
+        "namespace": namespace,
+        "log_to_driver": not quiet,
+        "logging_level": "error" if quiet else "info",
+    }
+    if on_cluster():
+        try:
+            ray.init(address=os.environ["RAY_ADDRESS"], **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise NanorayError(
+                f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined: "
+                f"{str(error).splitlines()[0]}; check the address and RAY_AUTH_MODE, or unset "
+                f"RAY_ADDRESS to run on this machine"
+            ) from error
+        return
+    _lock_local_ray()
+    ray.init(
+        address="local",
+        num_cpus=(os.cpu_count() or 1) + EXTRA_LOGICAL_CPUS,
+        include_dashboard=dashboard,
+        dashboard_host="127.0.0.1",
+        object_store_memory=local_object_store_bytes(),
+        **options,
+    )
+
+
+def _lock_local_ray() -> None:
+    """Give the Ray started here a token of this process and its children only.
+
+    A local Ray 2.60 turns token authentication on by itself and, without a token, writes one
+    into the user's home. (Setting RAY_AUTH_MODE after ray's import would come too late.)
+    """
+    has_token = (
+        "RAY_AUTH_TOKEN" in os.environ
+        or "RAY_AUTH_TOKEN_PATH" in os.environ
+        or os.path.exists(os.path.expanduser("~/.ray/auth_token"))
+    )
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not has_token:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def local_object_store_bytes() -> int:
+    """A tenth of the memory, at most 2 GiB and at most what shared memory has room for."""
+    limit = min(2 * 2**30, psutil.virtual_memory().total // 10)
+    if os.path.isdir("/dev/shm"):
+        limit = min(limit, int(shutil.disk_usage("/dev/shm").free * 0.8))
+    return max(limit, 100 * 2**20)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a plan needs of a cluster.
+
+    Attributes:
+        num_workers: the smallest number of workers it can run with.
+        cpus_per_worker, gpus_per_worker: logical resources of each.
+        data_cpus: CPUs that must be left for data tasks.
+        memory_bytes_per_worker: estimate of weights, gradients, states and activations.
+        object_store_bytes: blocks in flight.
+        paths: local files or folders that every node must see.
+    """
+
+    num_workers: int
+    cpus_per_worker: float
+    gpus_per_worker: float
+    data_cpus: float
+    memory_bytes_per_worker: int
+    object_store_bytes: int
+    paths: tuple[str, ...] = ()
+
+
+def local_resources() -> dict[str, float]:
+    """What `connect` would offer on this machine, without starting Ray."""
+    resources = {
+        "CPU": float((os.cpu_count() or 1) + EXTRA_LOGICAL_CPUS),
+        "memory": float(psutil.virtual_memory().available),
+        "object_store_memory": float(local_object_store_bytes()),
+    }
+    gpus = _visible_gpus()
+    return resources | {"GPU": float(gpus)} if gpus else resources
+
+
+def _visible_gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
+    return len([n for n in os.listdir("/dev") if n.startswith("nvidia") and n[6:].isdigit()])
+
+
+def check_resources(needs: Needs, have: dict[str, float], where: str) -> None:
+    """Raise NanorayError naming the first shortfall.
+
+    The memory of a cluster is compared as a whole, that of a machine as what is free now.
+    """
+    cpus = needs.num_workers * needs.cpus_per_worker + needs.data_cpus
+    gpus = needs.num_workers * needs.gpus_per_worker
+    memory = needs.num_workers * needs.memory_bytes_per_worker
+    if have.get("CPU", 0) < cpus:
+        raise NanorayError(
+            f"{needs.num_workers} workers of {needs.cpus_per_worker:g} CPUs and "
+            f"{needs.data_cpus:g} for data tasks need {cpus:g} logical CPUs, but {where} has "
+            f"{have.get('CPU', 0):g}; lower --num-workers or --cpus-per-worker, or add nodes"
+        )
+    if have.get("GPU", 0) < gpus:
+        raise NanorayError(
+            f"{needs.num_workers} workers need {gpus:g} GPUs, but {where} has "
+            f"{have.get('GPU', 0):g}; lower --num-workers or --gpus-per-worker, or add GPU nodes"
+        )
+    if have.get("memory", memory) < memory:
+        raise NanorayError(
+            f"training needs about {memory / 2**30:.1f} GiB of memory, but {where} has "
+            f"{have['memory'] / 2**30:.1f} GiB; lower --depth or --device-batch-size"
+        )
+    if have.get("object_store_memory", needs.object_store_bytes) < needs.object_store_bytes:
+        raise NanorayError(
+            f"the data stream needs about {needs.object_store_bytes / 2**20:.0f} MiB of object "
+            f"store, but {where} has {have['object_store_memory'] / 2**20:.0f} MiB; give Ray more "
+            f"(object_store_memory) or build the corpus with smaller row groups"
+        )
+
+
+def preflight(needs: Needs) -> None:
+    """Compare a plan with the connected cluster; refuse within 10 s rather than wait for ever.
+
+    Raises:
+        NanorayError: what is missing, in one sentence.
+    """
+    check_resources(needs, ray.cluster_resources(), "the cluster")
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1 and needs.paths:
+        _check_paths(needs.paths, nodes)
+
+
+def _check_paths(paths: Sequence[str], nodes: Sequence[dict[str, Any]]) -> None:
+    @ray.remote(num_cpus=0, max_retries=0)
+    def missing() -> list[str]:
+        return [path for path in paths if not os.path.exists(path)]
+
+    pending = {
+        missing.options(  # type: ignore[attr-defined]
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(): node
+        for node in nodes
+    }
+    done, late = ray.wait(list(pending), num_returns=len(pending), timeout=PREFLIGHT_DEADLINE_S)
+    for ref in done:
+        lost = ray.get(ref)
+        if lost:
+            raise NanorayError(
+                f"node {pending[ref]['NodeManagerAddress']} does not see {lost[0]}; put "
+                f"NANORAY_HOME on storage that all nodes share (a mounted folder or s3://...)"
+            )
+    if late:
+        raise NanorayError(
+            f"node {pending[late[0]]['NodeManagerAddress']} did not answer within "
+            f"{PREFLIGHT_DEADLINE_S:.0f} s whether it sees the data; check that node"
+        )
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Board:
+    """Where the workers of a run post records and read whether to stop; one small actor a run."""
+
+    def __init__(self) -> None:
+        self._records: deque[dict[str, Any]] = deque(maxlen=10_000)
+        self._stop = ""
+        self._verdict: dict[str, Any] = {}
+
+    def post(self, record: dict[str, Any]) -> None:
+        self._records.append(record)
+
+    def drain(self) -> list[dict[str, Any]]:
+        """The records since the last call."""
+        records = list(self._records)
+        self._records.clear()
+        return records
+
+    def stop(self, reason: str) -> None:
+        self._stop = self._stop or reason
+
+    def stop_reason(self) -> str:
+        return self._stop
+
+    def conclude(self, verdict: dict[str, Any]) -> None:
+        """How the run ended: its summary, or {"error": ...}. An error stands."""
+        if "error" not in self._verdict:
+            self._verdict = verdict
+
+    def verdict(self) -> dict[str, Any]:
+        return self._verdict
+
+
+class StopWatch:
+    """Reads a board's stop flag in a thread, so that a training step never waits for it."""
+
+    def __init__(self, board: Any, period_s: float = 0.2) -> None:
+        self._board = board
+        self._period_s = period_s
+        self._reason = ""
+        self._closed = threading.Event()
+        threading.Thread(target=self._poll, name="stop-watch", daemon=True).start()
+
+    def _poll(self) -> None:
+        while not self._closed.wait(self._period_s):
+            try:
+                self._reason = ray.get(self._board.stop_reason.remote(), timeout=5)
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError:
+                self._reason = "the run's driver is gone"
+            if self._reason:
+                return
+
+    def __call__(self) -> str:
+        """Why to stop, or an empty string."""
+        return self._reason
+
+    def close(self) -> None:
+        self._closed.set()
+
+
+def gauge_sink(stage: str, run: str) -> Callable[[dict[str, Any]], None]:
+    """A metrics sink that exports every number as a Ray gauge ``nanoray_<stage>_<key>``."""
+    gauges: dict[str, Gauge] = {}
+
+    def sink(record: dict[str, Any]) -> None:
+        for key, value in record.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if key not in gauges:
+                gauges[key] = Gauge(
+                    f"nanoray_{stage}_{key}", description=f"{key} of {stage}", tag_keys=("run",)
+                )
+                gauges[key].set_default_tags({"run": run})
+            gauges[key].set(value)
+
+    return sink

@@ -1,0 +1,95 @@
+"""The one door for numbers: ``metrics.jsonl``, wandb, and whatever sinks are plugged in.
+
+``step`` in a record is the number of optimiser steps done. A key that was not measured at a step
+is absent. Keys are those of the README's table and stay stable.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nanoray import storage
+
+Record = Mapping[str, Any]
+Sink = Callable[[Record], None]
+
+
+def read_records(uri: str) -> list[dict[str, Any]]:
+    """All whole records of a metrics file; a last line torn by a crash is left out."""
+    if not storage.exists(uri):
+        return []
+    records = []
+    for line in storage.read_bytes(uri).split(b"\n"):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null, so that every reader can parse the log."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsLog:
+    """Appends records to ``metrics.jsonl`` and hands them to sinks.
+
+    Args:
+        uri: the file. On an object store the log grows in memory and is uploaded by `sync`.
+        keep_until_step: records of later steps are cut off (they are about to be done again).
+        sinks: called with every record, in order.
+    """
+
+    def __init__(self, uri: str, keep_until_step: int, sinks: Sequence[Sink] = ()) -> None:
+        self._uri = uri
+        self._sinks = list(sinks)
+        kept = [r for r in read_records(uri) if r.get("step", 0) <= keep_until_step]
+        self._lines = [json.dumps(record) + "\n" for record in kept]
+        storage.write_text(uri, "".join(self._lines))
+        self._file = None
+        if storage.is_local(uri):
+            self._lines = []
+            self._file = open(storage.normalize(uri), "a", encoding="utf-8")  # noqa: SIM115
+
+    def log(self, record: Record) -> None:
+        """Append one record (JSON numbers and strings) and flush it."""
+        line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+        else:
+            self._lines.append(line)
+        for sink in self._sinks:
+            sink(record)
+
+    def sync(self) -> None:
+        """Make the log durable: fsync, or upload to the object store."""
+        if self._file:
+            os.fsync(self._file.fileno())
+        else:
+            storage.write_text(self._uri, "".join(self._lines))
+
+    def close(self) -> None:
+        self.sync()
+        if self._file:
+            self._file.close()
+
+
+def wandb_sink(project: str, run: str, config: dict[str, Any]) -> Sink:
+    """A sink that logs to Weights & Biases; a resumed run goes on in the same wandb run."""
+    import wandb  # slow to import, and few runs use it
+
+    wandb_run = wandb.init(project=project, name=run, id=run, resume="allow", config=config)
+
+    def sink(record: Record) -> None:
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        wandb_run.log(numbers, step=int(record["step"]))
+
+    return sink

@@ -1,0 +1,432 @@
+"""Pretraining as one worker sees it: plain torch, no Ray.
+
+`run_worker` builds the model, takes up the latest checkpoint, and loops: rows, step, and now and
+then validation, samples, a checkpoint. What needs a cluster is handed in through `Hooks`.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanoray import storage
+from nanoray.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    Snapshot,
+    delete_incomplete,
+    open_latest,
+)
+from nanoray.data.blocks import Block, Cursor, StepRows, step_rows
+from nanoray.data.plan import StreamPlan, validation_rows
+from nanoray.evals.bpb import bits_and_bytes
+from nanoray.evals.sample import sample_report
+from nanoray.metrics import MetricsLog, Sink
+from nanoray.model.fp8 import convert_to_fp8
+from nanoray.model.gpt import GPT, compile_model
+from nanoray.model.precision import peak_flops, pick_compute_dtype
+from nanoray.optim.groups import build_groups
+from nanoray.optim.schedule import Schedule
+from nanoray.optim.sharded import MuonAdamW
+from nanoray.tokenizer import Tokenizer, load_tokenizer
+from nanoray.train.plan import PretrainPlan
+from nanoray.train.step import TrainStep
+from nanoray.train.watch import LossWatch, Progress, TrainingHealthError
+from nanoray.train.world import World
+
+OpenBlocks = Callable[[StreamPlan, Tokenizer, Cursor], Iterator[Block]]
+
+
+def _nothing(_record: dict[str, Any]) -> None:
+    return None
+
+
+@dataclass
+class Hooks:
+    """What the surroundings give a worker.
+
+    Attributes:
+        post: the first worker's records, for whoever watches.
+        report: called by all workers together at validations and checkpoints.
+        stop_reason: why to stop, or an empty string (asked of the first worker only).
+        guard: raises when this run is no longer ours to write.
+        sinks: further receivers of the first worker's metrics.
+        attempt: a name shared by the workers of this start.
+    """
+
+    post: Sink = _nothing
+    report: Callable[[dict[str, Any]], None] = _nothing
+    stop_reason: Callable[[], str] = lambda: ""
+    guard: Callable[[], None] = lambda: None
+    sinks: list[Sink] = field(default_factory=list)
+    attempt: str = "local"
+
+
+def run_worker(
+    plan: PretrainPlan, world: World, open_blocks: OpenBlocks, hooks: Hooks
+) -> dict[str, Any]:
+    """Train from the latest checkpoint to the horizon, or until told to stop.
+
+    Returns:
+        The run's summary (the same on all workers).
+
+    Raises:
+        NanorayError: bad data, a broken loss, a checkpoint that cannot be saved, a lost lease.
+    """
+    worker = PretrainWorker(plan, world, hooks)
+    try:
+        return worker.run(open_blocks)
+    finally:
+        worker.close()
+
+
+class PretrainWorker:
+    """The state of one worker: model, optimiser, progress, and where numbers go."""
+
+    def __init__(self, plan: PretrainPlan, world: World, hooks: Hooks) -> None:
+        self.plan, self.world, self.hooks = plan, world, hooks
+        self.config = plan.config
+        self.tokenizer = load_tokenizer(plan.tokenizer_dir)
+        self.token_bytes = self.tokenizer.token_bytes()
+        self.stream = plan.stream(self.tokenizer)
+        self.dtype = pick_compute_dtype(world.device, self.config["dtype"])
+        self.micro_rows = plan.micro_rows(world.size)
+        if world.is_first:
+            delete_incomplete(plan.checkpoints_dir)
+        self._start_validation_rows()
+        self._build()
+        self._resume()
+        self.step = TrainStep(self._loss_sum, self.optimizer, world, self.micro_rows)
+        self.loss_watch = LossWatch(
+            self.config["spike_factor"],
+            average=self.progress.loss_average,
+            steps=self.progress.step,
+        )
+        self.log = self._open_log() if world.is_first else None
+        self.writer = CheckpointWriter(
+            plan.checkpoints_dir,
+            rank=world.rank,
+            world_size=world.size,
+            attempt=hooks.attempt,
+            keep=self.config["keep_checkpoints"],
+            guard=hooks.guard,
+        )
+
+    def _build(self) -> None:
+        config = self.config
+        self.model = GPT(self.plan.model_config, compute_dtype=self.dtype)
+        self.model.to(self.world.device)
+        self.model.init_weights(config["seed"])
+        if config["fp8"]:
+            convert_to_fp8(self.model)
+        named = dict(self.model.named_parameters())
+        groups = build_groups(
+            {name: tuple(p.shape) for name, p in named.items()},
+            config["recipe"],
+            embedding_lr=config["embedding_lr"],
+            unembedding_lr=config["unembedding_lr"],
+            matrix_lr=config["matrix_lr"],
+            scalar_lr=config["scalar_lr"],
+            weight_decay=self.plan.weight_decay,
+            width=self.plan.model_config.n_embd,
+            batch_tokens=self.plan.total_batch_size,
+        )
+        compiled = config["compile_mode"] != "off"
+        self.optimizer = MuonAdamW(
+            named, groups, recipe=config["recipe"], compute_dtype=self.dtype, compile=compiled
+        )
+        self.train_model = compile_model(self.model, config["compile_mode"])
+        self.schedule = Schedule(
+            num_iterations=self.plan.num_iterations,
+            warmup_steps=int(config["warmup_steps"]),
+            warmdown_ratio=config["warmdown_ratio"],
+            final_lr_frac=config["final_lr_frac"],
+            recipe=config["recipe"],
+        )
+
+    def _loss_sum(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.train_model(inputs, targets)
+        return loss
+
+    def _resume(self) -> None:
+        self.progress, self.slab_first_step = Progress(), 0
+        self.slab: Cursor | None = Cursor()
+        checkpoint = open_latest(self.plan.checkpoints_dir, self._warn)
+        if checkpoint is None:
+            return
+        with checkpoint:
+            self._load(checkpoint)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        meta = checkpoint.meta
+        self.model.load_state_dict(checkpoint.model_state())
+        self.optimizer.load_state(checkpoint.optimizer_rows)
+        self.progress = Progress.from_dict(meta["progress"])
+        self.slab = Cursor(meta["cursor"]["unit"], meta["cursor"]["row"])
+        self.slab_first_step = meta["cursor"]["first_step"]
+
+    def _warn(self, message: str) -> None:
+        if self.world.is_first:
+            self.hooks.post({"warning": message})
+
+    def _open_log(self) -> MetricsLog:
+        uri = storage.join(self.plan.run_dir, "metrics.jsonl")
+        return MetricsLog(uri, self.progress.step, [*self.hooks.sinks, self.hooks.post])
+
+    def _start_validation_rows(self) -> None:
+        """Tokenize the validation budget beside the first steps, not before them."""
+        self._validation: np.ndarray | Exception | None = None
+
+        def load() -> None:
+            try:
+                self._validation = validation_rows(
+                    self.plan.validation_row_groups(),
+                    self.tokenizer,
+                    sequence_len=self.plan.model_config.sequence_len,
+                    num_tokens=self.config["eval_tokens"],
+                    on_bad=self.config["on_bad_shard"],
+                )
+            except Exception as error:  # raised again in the training thread
+                self._validation = error
+
+        self._validation_thread = threading.Thread(target=load, name="validation", daemon=True)
+        self._validation_thread.start()
+
+    def run(self, open_blocks: OpenBlocks) -> dict[str, Any]:
+        plan, progress = self.plan, self.progress
+        if self.world.is_first:
+            self._write_summary("running")
+        assert self.slab is not None
+        blocks = open_blocks(self.stream, self.tokenizer, self.slab)
+        world = self.world
+        shares = step_rows(
+            blocks,
+            self.stream,
+            world.rank,
+            world.size,
+            first_step=progress.step,
+            slab_first_step=self.slab_first_step,
+        )
+        stopped = ""
+        while progress.step < plan.num_iterations and not stopped:
+            stopped = self._train_step(shares)
+            self._milestones(bool(stopped))
+        self.writer.wait()
+        status = "stopped" if progress.step < plan.num_iterations else "finished"
+        summary = self._summary(status)
+        if self.world.is_first:
+            self._write_summary(status)
+        self.hooks.report({"step": progress.step, "status": status})
+        return summary | {"stop_reason": stopped}
+
+    def _train_step(self, shares: Iterator[StepRows]) -> str:
+        """One step; returns why to stop after it, or an empty string."""
+        plan, progress = self.plan, self.progress
+        start = time.perf_counter()
+        rows = next(shares)
+        data_wait_s = time.perf_counter() - start
+        lr_multiplier, momentum, decay = self.schedule.at(progress.step)
+        loss, times = self.step(rows.ids, plan.total_batch_size, lr_multiplier, momentum, decay)
+        reason = self.hooks.stop_reason() if self.world.is_first else ""
+        sums = self.world.sum_ints([rows.hash(), int(bool(reason)), *rows.counts.values()])
+        batch_hash, stop, *counts = sums
+        step_s = time.perf_counter() - start
+        self.slab, self.slab_first_step = rows.slab, rows.slab_first_step
+        progress.step += 1
+        progress.loss = loss
+        progress.add_step_time(step_s)
+        for name, count in zip(rows.counts, counts):
+            setattr(progress, name, getattr(progress, name) + count)
+        self._check_loss(loss, rows)
+        progress.loss_average = self.loss_watch.average
+        if self.log and (progress.step % self.config["log_every"] == 0 or progress.step == 1):
+            tokens_per_s = plan.total_batch_size / step_s
+            record = {
+                "step": progress.step,
+                "loss": loss,
+                "lr_multiplier": lr_multiplier,
+                "tokens": progress.step * plan.total_batch_size,
+                "tokens_per_s": tokens_per_s,
+                "mfu": self._mfu(tokens_per_s),
+                "step_s": step_s,
+                "data_wait_s": data_wait_s,
+                "forward_backward_s": times.forward_backward_s,
+                "optimizer_s": times.optimizer_s,
+                "epoch": self.stream.epoch(rows.units[-1]) if rows.units else 0,
+                "batch_hash": f"{batch_hash % 2**64:016x}",
+                "tokens_cropped": progress.tokens_cropped,
+                "documents_skipped": progress.documents_skipped,
+                "eta_s": progress.eta_s(plan.num_iterations),
+            }
+            if self.writer.last_save_s is not None:
+                record["checkpoint_s"], self.writer.last_save_s = self.writer.last_save_s, None
+            self.log.log(record)
+        return reason or ("another worker was told to stop" if stop else "")
+
+    def _mfu(self, tokens_per_s: float) -> float:
+        peak = peak_flops(self.world.device, self.dtype) * self.world.size
+        return tokens_per_s * self.plan.flops_per_token / peak
+
+    def _check_loss(self, loss: float, rows: StepRows) -> None:
+        problem = self.loss_watch.problem(loss)
+        if not problem:
+            return
+        units = sorted({u for part in self.world.gather(rows.units) for u in part})  # type: ignore[attr-defined]
+        where = ", ".join(f"unit {u} ({self.stream.describe_unit(u)})" for u in units)
+        raise TrainingHealthError(
+            f"stopped at step {self.progress.step}: {problem}; the batch's rows come from "
+            f"{where}; the last checkpoint stands - look at these documents with `python -m "
+            f"jobs.data inspect`, lower the learning rates, or raise --spike-factor"
+        )
+
+    def _milestones(self, stopping: bool) -> None:
+        step = self.progress.step
+        last = step == self.plan.num_iterations
+
+        def due(every: int) -> bool:
+            return last or bool(every and step % every == 0)
+
+        record: dict[str, Any] = {}
+        if due(self.config["eval_every"]) and not stopping:
+            record |= self._validate()
+        if due(self.config["sample_every"]) and not stopping and self.world.is_first:
+            self._sample()
+        if due(self.config["save_every"]) or stopping:
+            self._save()
+            record["saved"] = step
+        if record:
+            self.hooks.report({"step": step, **record})
+
+    def _validate(self) -> dict[str, float]:
+        self._validation_thread.join()
+        if isinstance(self._validation, Exception):
+            raise self._validation
+        assert self._validation is not None
+        start = time.perf_counter()
+        self.train_model.eval()
+        bits, num_bytes = bits_and_bytes(
+            lambda inputs, targets: self.train_model(inputs, targets, reduction="none"),
+            self._validation[self.world.rank :: self.world.size],
+            self.token_bytes,
+            self.micro_rows,
+            self.world.device,
+        )
+        self.train_model.train()
+        bits = self.world.sum_float(bits)
+        (num_bytes,) = self.world.sum_ints([num_bytes])
+        self.progress.validated(bits / num_bytes)
+        record = {"val_bpb": bits / num_bytes, "eval_s": time.perf_counter() - start}
+        if self.log:
+            self.log.log({"step": self.progress.step, **record})
+        return record
+
+    def _sample(self) -> None:
+        self.model.eval()
+        text = sample_report(
+            self.model,
+            self.tokenizer,
+            step=self.progress.step,
+            seed=self.config["seed"],
+            device=self.world.device,
+        )
+        self.model.train()
+        uri = storage.join(self.plan.run_dir, "samples.md")
+        before = (
+            storage.read_text(uri) if storage.exists(uri) else f"# Samples of {self.plan.run}\n"
+        )
+        # A resumed run takes the place of the samples that it makes again.
+        kept = before.split(f"\n## Step {self.progress.step}\n")[0].rstrip("\n")
+        storage.write_text(uri, f"{kept}\n\n{text}")
+        self.hooks.post({"samples": text})
+
+    def _save(self) -> None:
+        """Copy what the checkpoint needs, and let a thread write it."""
+        # Only the worker of the slab's first block knows where the slab begins.
+        known = self.slab.unit * 2**32 + self.slab.row if self.slab else -1
+        known = self.world.max_int(known)
+        self.slab = Cursor(known >> 32, known % 2**32)
+        first = self.world.is_first
+        shards = self.optimizer.state_shards()
+        for shard in shards:
+            shard.tensor = shard.tensor.detach().to("cpu", copy=True)
+        model = None
+        if first:
+            self.hooks.guard()
+            state = self.model.state_dict()
+            model = {k: v.detach().to("cpu", copy=True) for k, v in state.items()}
+        self.writer.save(
+            Snapshot(
+                step=self.progress.step,
+                optimizer=shards,
+                model=model,
+                meta=self._meta() if first else None,
+                files=self.tokenizer.to_files() if first else None,
+            )
+        )
+        if self.log:
+            self.log.sync()
+            self._write_summary("running")
+
+    def _meta(self) -> dict[str, Any]:
+        """No state of a random generator: all randomness is a function of seed and step."""
+        return {
+            "stage": "pretrain",
+            "step": self.progress.step,
+            "model_config": self.plan.model,
+            "plan": self.plan.to_dict(),
+            "cursor": {
+                "unit": self.slab.unit,
+                "row": self.slab.row,
+                "first_step": self.slab_first_step,
+            },
+            "progress": self.progress.to_dict(),
+            "seed": self.config["seed"],
+        }
+
+    def _summary(self, status: str) -> dict[str, Any]:
+        plan, progress = self.plan, self.progress
+        tokens = progress.step * plan.total_batch_size
+        tokens_per_s = tokens / progress.train_s if progress.train_s else 0.0
+        if self.world.device.type == "cuda":
+            peak_memory = torch.cuda.max_memory_allocated()
+        else:
+            peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "run": plan.run,
+            "stage": "pretrain",
+            "status": status,
+            "step": progress.step,
+            "num_iterations": plan.num_iterations,
+            "params": plan.num_parameters,
+            "tokens": tokens,
+            "flops": tokens * plan.flops_per_token,
+            "train_s": progress.train_s,
+            "tokens_per_s": tokens_per_s,
+            "mfu": self._mfu(tokens_per_s),
+            "peak_memory_bytes": peak_memory,
+            "loss": progress.loss,
+            "val_bpb": progress.val_bpb,
+            "min_val_bpb": progress.min_val_bpb,
+            "metrics": {
+                "documents": progress.documents,
+                "documents_skipped": progress.documents_skipped,
+                "cropped_fraction": progress.tokens_cropped / max(1, progress.tokens_in),
+            },
+        }
+
+    def _write_summary(self, status: str) -> None:
+        summary = {k: v for k, v in self._summary(status).items() if v is not None}
+        uri = storage.join(self.plan.run_dir, "summary.json")
+        storage.write_text(uri, json.dumps(summary, indent=1) + "\n")
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()

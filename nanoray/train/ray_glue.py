@@ -1,0 +1,224 @@
+"""Ray Train around the plain loop: start, watch, stop, restart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from nanoray import fleet, storage
+from nanoray.checkpoint import open_latest
+from nanoray.config import parse_worker_range
+from nanoray.data.blocks import Block, Cursor
+from nanoray.data.plan import StreamPlan
+from nanoray.data.stream import training_dataset, worker_blocks
+from nanoray.errors import NanorayError
+from nanoray.lease import Lease, LeaseLostError, check_token
+from nanoray.model.precision import pick_device
+from nanoray.tokenizer import Tokenizer, load_tokenizer
+from nanoray.train.plan import PretrainPlan
+from nanoray.train.pretrain import Hooks, run_worker
+from nanoray.train.world import World
+
+Watcher = Callable[[dict[str, Any]], None]
+
+
+def needs(plan: PretrainPlan) -> fleet.Needs:
+    """What a run needs of a cluster: estimates, on the high side."""
+    low, _high = parse_worker_range(plan.config["num_workers"])
+    model = plan.model_config
+    # Weights, gradients and two moments in fp32 with a half for what is in flight, and about
+    # 40 activations of the model's width a layer and token in bf16.
+    weights = plan.num_parameters * 4 * 4.5
+    activations = plan.micro_rows(low) * model.sequence_len * model.n_embd * model.n_layer * 80
+    unit_bytes = max((g.num_bytes for g in plan.training_row_groups), default=0)
+    paths = (plan.run_dir, plan.corpus_dir, plan.tokenizer_dir)
+    return fleet.Needs(
+        num_workers=low,
+        cpus_per_worker=float(plan.config["cpus_per_worker"]),
+        gpus_per_worker=float(plan.config["gpus_per_worker"] or 0),
+        data_cpus=1,
+        memory_bytes_per_worker=int(weights + activations),
+        object_store_bytes=max(64 * 2**20, 8 * unit_bytes),
+        paths=tuple(path for path in paths if storage.is_local(path)),
+    )
+
+
+def with_gpus(plan: PretrainPlan, resources: dict[str, float]) -> PretrainPlan:
+    """The plan with ``gpus_per_worker`` resolved: 1 where there are any GPUs."""
+    if plan.config["gpus_per_worker"] is not None:
+        return plan
+    gpus = 1.0 if resources.get("GPU", 0) else 0.0
+    return replace(plan, config=plan.config | {"gpus_per_worker": gpus})
+
+
+def fit(plan: PretrainPlan, lease: Lease, watch: Watcher) -> dict[str, Any]:
+    """Run a plan on the connected cluster until it is finished, stopped or beyond help.
+
+    SIGTERM and SIGINT make the workers finish their step, save, and end.
+
+    Args:
+        watch: gets every record that the first worker posts, in order.
+
+    Returns:
+        The run's summary.
+
+    Raises:
+        NanorayError: a user's mistake found by a worker, a lost lease, or workers that failed
+            more often than ``max_failures`` allows.
+    """
+    board = fleet.Board.options(name=f"nanoray-board-{plan.run}-{lease.token[:8]}").remote()  # type: ignore[attr-defined]
+    trainer = _trainer(plan, lease, board)
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except BaseException as error:  # handed to the main thread below
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)
+    with _stop_signals(board):
+        thread.start()
+        while thread.is_alive():
+            thread.join(timeout=0.25)
+            _relay(board, watch)
+            if lease.lost:
+                raise LeaseLostError(f"run {plan.run} was taken over by another writer")
+    _relay(board, watch)
+    verdict = ray.get(board.verdict.remote(), timeout=30)
+    ray.kill(board)
+    if "error" in verdict:
+        raise NanorayError(verdict["error"])
+    if "error" in outcome:
+        raise NanorayError(
+            f"run {plan.run} failed: {_first_line(outcome['error'])}; the last checkpoint "
+            f"stands, and the same command goes on from it"
+        ) from outcome["error"]
+    summary: dict[str, Any] = verdict
+    return summary
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
+def _relay(board: Any, watch: Watcher) -> None:
+    for record in ray.get(board.drain.remote(), timeout=30):
+        watch(record)
+
+
+@contextmanager
+def _stop_signals(board: Any) -> Iterator[None]:
+    """While open, SIGTERM and SIGINT put up the board's stop flag; a second SIGINT interrupts."""
+
+    def stop(number: int, _frame: object) -> None:
+        board.stop.remote(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
+    low, high = parse_worker_range(plan.config["num_workers"])
+    gpus = float(plan.config["gpus_per_worker"] or 0)
+    resources = {"CPU": float(plan.config["cpus_per_worker"])} | ({"GPU": gpus} if gpus else {})
+    local = not fleet.on_cluster()
+
+    def dataset() -> ray.data.Dataset:
+        # Called in Ray Train's controller at every start of the workers.
+        tokenizer = load_tokenizer(plan.tokenizer_dir)
+        cursor = _latest_cursor(plan)
+        concurrency = 2 if local else None  # on one machine packing takes cores from training
+        return training_dataset(plan.stream(tokenizer), cursor, plan.tokenizer_dir, concurrency)
+
+    return TorchTrainer(
+        _train_loop,
+        train_loop_config={"plan": plan.to_dict(), "token": lease.token, "board": board},
+        scaling_config=ScalingConfig(
+            num_workers=low if low == high else (low, high),
+            use_gpu=gpus > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            # A name of its own each time: what resumes is our checkpoint, not Ray Train's state.
+            name=f"{plan.run}-{uuid.uuid4().hex[:8]}",
+            storage_path=_ray_storage(plan),
+            failure_config=FailureConfig(
+                max_failures=int(plan.config["max_failures"]), controller_failure_limit=1
+            ),
+        ),
+        datasets={"train": dataset},
+        dataset_config=DataConfig(datasets_to_split=["train"]),
+    )
+
+
+def _ray_storage(plan: PretrainPlan) -> str:
+    """Where Ray Train keeps its own small files: within the run."""
+    return storage.join(plan.run_dir, ".ray")
+
+
+def _latest_cursor(plan: PretrainPlan) -> Cursor:
+    checkpoint = open_latest(plan.checkpoints_dir, lambda _message: None)
+    if checkpoint is None:
+        return Cursor()
+    with checkpoint:
+        cursor = checkpoint.meta["cursor"]
+        return Cursor(cursor["unit"], cursor["row"])
+
+
+def _train_loop(config: dict[str, Any]) -> None:
+    """What Ray Train runs in every worker."""
+    plan = PretrainPlan.from_dict(config["plan"])
+    board = config["board"]
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size(), pick_device())
+    if world.device.type == "cpu":
+        # Ray sets OMP_NUM_THREADS to the reserved CPUs (1); the cores are ours to share.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+
+    def open_blocks(stream: StreamPlan, _tokenizer: Tokenizer, cursor: Cursor) -> Iterator[Block]:
+        return worker_blocks(ray.train.get_dataset_shard("train"), stream, cursor)
+
+    stop_watch = fleet.StopWatch(board) if world.is_first else None
+    attempt = world.gather(uuid.uuid4().hex[:8])[0]
+    hooks = Hooks(
+        post=lambda record: board.post.remote(dict(record)),
+        report=lambda record: ray.train.report({k: _plain(v) for k, v in record.items()}),
+        stop_reason=stop_watch or (lambda: ""),
+        guard=lambda: check_token(plan.run_dir, config["token"]),
+        sinks=[fleet.gauge_sink("pretrain", plan.run)],
+        attempt=str(attempt),
+    )
+    try:
+        summary = run_worker(plan, world, open_blocks, hooks)
+        if world.is_first:
+            ray.get(board.conclude.remote(summary))
+    except NanorayError as error:
+        # A user's mistake is not retried: say it, and end in order.
+        ray.get(board.conclude.remote({"error": str(error)}))
+    finally:
+        if stop_watch:
+            stop_watch.close()
+
+
+def _plain(value: Any) -> Any:
+    # A numpy scalar in a report is an error of the controller that is not retried (Ray 2.60).
+    return value if isinstance(value, str | bool | int) else float(value)

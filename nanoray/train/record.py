@@ -1,0 +1,105 @@
+"""What a run's folder says about it: its configuration, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from nanoray import storage
+from nanoray.checkpoint import list_steps
+from nanoray.errors import NanorayError
+from nanoray.train.plan import PretrainPlan
+
+# A run resumed under its name may change these; anything else would change what it computes.
+MAY_CHANGE = {
+    "config", "dry_run", "device_batch_size", "eval_every", "eval_tokens", "sample_every",
+    "save_every", "keep_checkpoints", "log_every", "num_workers", "cpus_per_worker",
+    "gpus_per_worker", "max_failures", "compile_mode", "wandb", "dashboard",
+}  # fmt: skip
+
+
+def check_resume(plan: PretrainPlan) -> bool:
+    """Whether the run is finished already.
+
+    Raises:
+        NanorayError: the run exists and would compute something else now (shows what).
+    """
+    uri = storage.join(plan.run_dir, "config.json")
+    if not storage.exists(uri) or not list_steps(plan.checkpoints_dir):
+        return False  # nothing that could be taken up
+    try:
+        lines = difference(json.loads(storage.read_bytes(uri)), plan.to_dict())
+        status = _read_summary(plan).get("status")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise NanorayError(
+            f"{plan.run_dir} holds an unreadable config.json or summary.json ({error}); take "
+            f"another --run, or remove that folder"
+        ) from error
+    if lines:
+        raise NanorayError(
+            f"run {plan.run} exists with another configuration; take another --run, or give the "
+            f"old values:\n  " + "\n  ".join(lines)
+        )
+    return bool(status == "finished")
+
+
+def _read_summary(plan: PretrainPlan) -> dict[str, Any]:
+    uri = storage.join(plan.run_dir, "summary.json")
+    if not storage.exists(uri):
+        return {}
+    summary: dict[str, Any] = json.loads(storage.read_bytes(uri))
+    return summary
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What a resumed run would compute differently, one line a key."""
+    lines = []
+    for key in sorted(set(old["config"]) | set(new["config"])):
+        before, after = old["config"].get(key), new["config"].get(key)
+        if before != after and key not in MAY_CHANGE:
+            lines.append(f"--{key.replace('_', '-')}: was {before}, is {after}")
+    for key, what in (
+        ("tokenizer_fingerprint", "tokenizer"),
+        ("corpus_fingerprint", "corpus"),
+        ("model", "model"),
+        ("num_iterations", "number of steps"),
+    ):
+        if old.get(key) != new.get(key) and not (key != "corpus_fingerprint" and lines):
+            lines.append(f"the {what} has changed since the run began")
+    return lines
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on, and the git commit where there is one."""
+    found = {}
+    for name in ("torch", "ray", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found | ({"git": commit.stdout.strip()} if commit.returncode == 0 else {})
+
+
+def record_config(plan: PretrainPlan) -> None:
+    """Write the run's ``config.json``: the resolved plan and what it runs on."""
+    content = {"stage": "pretrain", **plan.to_dict(), "versions": versions(), "time": time.time()}
+    uri = storage.join(plan.run_dir, "config.json")
+    storage.write_text(uri, json.dumps(content, indent=1) + "\n")
+
+
+def record_failure(plan: PretrainPlan, error: str) -> None:
+    """Say in ``summary.json`` that the run failed, and why; what it had reached stays."""
+    with contextlib.suppress(OSError, ValueError):
+        summary = {"run": plan.run, "stage": "pretrain", **_read_summary(plan)}
+        summary |= {"status": "failed", "error": error}
+        uri = storage.join(plan.run_dir, "summary.json")
+        storage.write_text(uri, json.dumps(summary, indent=1) + "\n")
