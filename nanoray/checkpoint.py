@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,20 +26,10 @@ from torch import Tensor
 
 from nanoray import storage
 from nanoray.errors import NanorayError
+from nanoray.optim.buckets import StateShard
 
 PART_DEADLINE_S = 600.0
 _STEP = re.compile(r"step_(\d{6,})")
-
-
-class OwnedRows(Protocol):
-    """Rows [start_row, stop_row) of one optimiser state of one parameter."""
-
-    param: str
-    state: str
-    start_row: int
-    stop_row: int
-    num_rows: int
-    tensor: Tensor
 
 
 @dataclass(frozen=True)
@@ -47,7 +37,7 @@ class Snapshot:
     """What one worker adds to a checkpoint; all tensors are copies on the CPU."""
 
     step: int
-    optimizer: Sequence[OwnedRows]
+    optimizer: Sequence[StateShard]
     model: Mapping[str, Tensor] | None = None  # the first worker only
     meta: Mapping[str, Any] | None = None
     files: Mapping[str, bytes] | None = None  # further files, such as the tokenizer's

@@ -268,7 +268,7 @@ class PretrainConfig(JobConfig):
     max_failures: int = Field(3, ge=0, description="restarts after lost workers before giving up")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute dtype")
     fp8: bool = Field(False, description="fp8 matmuls (Hopper and newer)")
-    compile_mode: Literal["default", "max-autotune-no-cudagraphs", "off"] = Field(
+    compile_mode: Literal["default", "max-autotune", "off"] = Field(
         "default", description="torch.compile mode"
     )
     seed: int = Field(42, ge=0, le=2**63 - 1, description="of weights and of the data order")

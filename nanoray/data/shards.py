@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import struct
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -27,8 +26,7 @@ from nanoray.errors import NanorayError
 
 OnBad = Literal["fail", "skip"]
 TEXT_COLUMN = "text"
-ROW_GROUP_SIZE = 1024
-SHARD_CHARS = 250_000_000
+MANIFEST = "corpus.json"
 FOOTER_THREADS = 16
 # A footer of a shard is some kilobytes; one read of the tail nearly always holds all of it.
 _TAIL_BYTES = 64 * 1024
@@ -46,12 +44,13 @@ class BadShardError(NanorayError):
         return type(self), (str(self), self.kind)
 
 
-def list_shards(corpus_dir: str) -> list[str]:
+def list_shards(corpus_dir: str, unfinished_ok: bool = False) -> list[str]:
     """The sorted URIs of a corpus's shards; the last is the validation shard.
 
     Raises:
         NanorayError: no shard, only one, or a corpus whose building was cut short.
     """
+    corpus_dir = storage.normalize(corpus_dir)
     names = storage.list_names(corpus_dir)
     shards = [name for name in names if name.startswith("shard_") and name.endswith(".parquet")]
     name = corpus_dir.rstrip("/").rsplit("/", 1)[-1]
@@ -65,6 +64,13 @@ def list_shards(corpus_dir: str) -> list[str]:
             f"corpus {corpus_dir} has only one shard ({shards[0]}), but the last shard is kept for "
             f"validation, so training needs at least two; get more with `{_mend(name)}`"
         )
+    if MANIFEST in names and not unfinished_ok:
+        text = storage.read_text(storage.join(corpus_dir, MANIFEST))
+        if re.search(r'"complete": false', text):
+            raise NanorayError(
+                f"corpus {corpus_dir} is not complete: building it was cut short or still goes on; "
+                f"run the command that builds it again"
+            )
     return [storage.join(corpus_dir, shard) for shard in shards]
 
 
@@ -266,143 +272,29 @@ def _classify(raw: bytes | None) -> str | None:
     return None if text.strip() else "empty"
 
 
-def write_shard(uri: str, texts: Sequence[str], row_group_size: int = ROW_GROUP_SIZE) -> None:
-    """Write one shard and publish it atomically.
+def corpus_fingerprint(shards: Sequence[str]) -> str:
+    """sha256 over the names, sizes and footers of the shards: cheap, and another for other data.
 
-    zstd; no dictionary and no statistics, which only cost space in a column of long, distinct
-    strings. Pages carry checksums. The footer carries a hash of the texts, so that
-    `corpus_fingerprint` sees any change of content. Same texts, same bytes.
+    Footers written here carry a hash of the texts; in foreign ones a change of content that moves
+    no size and no statistic goes unseen.
+
+    Raises:
+        NanorayError: a shard cannot be read.
     """
-    with _ShardFile(uri) as file:
-        for start in range(0, len(texts), row_group_size):
-            file.write(texts[start : start + row_group_size])
+    total = hashlib.sha256()
+    for uri, (size, footer) in zip(shards, map_threads(_read_footer, shards)):
+        total.update(f"{uri.rsplit('/', 1)[-1]}\0{size}\0".encode() + footer)
+    return total.hexdigest()
 
 
-class _ShardFile:
-    """One shard being written aside; published on a clean exit, else deleted."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.num_docs = 0
-        self.num_chars = 0
-        self._sha256 = hashlib.sha256()
-        folder = None
-        if storage.is_local(uri):
-            folder = os.path.dirname(storage.normalize(uri))
-            os.makedirs(folder, exist_ok=True)
-        name = uri.rsplit("/", 1)[-1]
-        handle, self._aside = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder)
-        os.close(handle)
-        os.chmod(self._aside, 0o644)
-        self._writer = pq.ParquetWriter(
-            self._aside,
-            pa.schema([(TEXT_COLUMN, pa.string())]),
-            compression="zstd",
-            use_dictionary=False,
-            write_statistics=False,
-            write_page_checksum=True,
-        )
-
-    def write(self, texts: Sequence[str]) -> None:
-        """Append one row group."""
-        array = pa.array(texts, pa.string())
-        self._writer.write_table(pa.table({TEXT_COLUMN: array}), row_group_size=len(texts))
-        lengths = pc.binary_length(array).to_numpy()
-        self._sha256.update(lengths.tobytes())
-        self._sha256.update("".join(texts).encode("utf-8"))
-        self.num_docs += len(texts)
-        self.num_chars += sum(map(len, texts))
-
-    def publish(self) -> None:
-        self._writer.add_key_value_metadata({"nanoray.sha256": self._sha256.hexdigest()})
-        self._writer.close()
-        storage.upload(self._aside, self.uri)
-        self._clean()
-
-    def discard(self) -> None:
-        with contextlib.suppress(Exception):  # a full disk fails again here
-            self._writer.close()
-        self._clean()
-
-    def _clean(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self._aside)
-
-    def __enter__(self) -> _ShardFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            try:
-                self.publish()
-            except BaseException:
-                self.discard()
-                raise
-        else:
-            self.discard()
-
-
-class ShardWriter:
-    """Streams texts into ``shard_00000.parquet``, ``shard_00001.parquet``, …
-
-    A shard is closed at the end of the row group with which it reaches ``shard_chars``.
-
-    Example:
-        with ShardWriter(folder, shard_chars=1_000_000) as writer:
-            for text in texts:
-                writer.write(text)
-        print(writer.shards)
-    """
-
-    def __init__(
-        self, out_dir: str, shard_chars: int = SHARD_CHARS, row_group_size: int = ROW_GROUP_SIZE
-    ) -> None:
-        self.out_dir = out_dir
-        self.shard_chars = shard_chars
-        self.row_group_size = row_group_size
-        self.shards: list[str] = []
-        self.num_docs = 0
-        self.num_chars = 0
-        self._buffer: list[str] = []
-        self._file: _ShardFile | None = None
-
-    def write(self, text: str) -> None:
-        self._buffer.append(text)
-        if len(self._buffer) == self.row_group_size:
-            self._flush()
-            if self._file is not None and self._file.num_chars >= self.shard_chars:
-                self.next_shard()
-
-    def next_shard(self) -> None:
-        """Finish the current shard; the next text begins a new one."""
-        self._flush()
-        if self._file is None:
-            return
-        file, self._file = self._file, None
-        with file:
-            pass
-        self.shards.append(file.uri)
-        self.num_docs += file.num_docs
-        self.num_chars += file.num_chars
-
-    def _flush(self) -> None:
-        if not self._buffer:
-            return
-        if self._file is None:
-            self._file = _ShardFile(storage.join(self.out_dir, shard_name(len(self.shards))))
-        self._file.write(self._buffer)
-        self._buffer = []
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self.next_shard()
-        elif self._file is not None:
-            self._file.discard()
-
-
-def shard_name(index: int) -> str:
-    """``shard_00042.parquet``."""
-    return f"shard_{index:05d}.parquet"
+def _read_footer(uri: str) -> tuple[int, bytes]:
+    """Size of the file and the raw bytes of its parquet footer."""
+    with _shard_errors(uri, ""), storage.open_read(uri) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_BYTES))
+        tail = file.read()
+        length = struct.unpack("<I", tail[-8:-4])[0] + 8 if size >= 12 else size
+        if length > len(tail):
+            file.seek(max(0, size - length))
+            tail = file.read()
+        return size, tail[-length:]

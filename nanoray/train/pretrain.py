@@ -11,7 +11,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,8 @@ from nanoray.data.plan import StreamPlan, validation_rows
 from nanoray.evals.bpb import bits_and_bytes
 from nanoray.evals.sample import sample_report
 from nanoray.metrics import MetricsLog, Sink
-from nanoray.model.fp8 import convert_to_fp8
-from nanoray.model.gpt import GPT, compile_model
+from nanoray.model.compile import compile_model
+from nanoray.model.gpt import GPT
 from nanoray.model.precision import peak_flops, pick_compute_dtype
 from nanoray.optim.groups import build_groups
 from nanoray.optim.schedule import Schedule
@@ -123,9 +123,11 @@ class PretrainWorker:
     def _build(self) -> None:
         config = self.config
         self.model = GPT(self.plan.model_config, compute_dtype=self.dtype)
-        self.model.to(self.world.device)
+        self.model.place(self.world.device)
         self.model.init_weights(config["seed"])
         if config["fp8"]:
+            from nanoray.model.fp8 import convert_to_fp8
+
             convert_to_fp8(self.model)
         named = dict(self.model.named_parameters())
         groups = build_groups(
@@ -159,6 +161,7 @@ class PretrainWorker:
     def _resume(self) -> None:
         self.progress, self.slab_first_step = Progress(), 0
         self.slab: Cursor | None = Cursor()
+        self.epoch = 0
         checkpoint = open_latest(self.plan.checkpoints_dir, self._warn)
         if checkpoint is None:
             return
@@ -240,6 +243,8 @@ class PretrainWorker:
         batch_hash, stop, *counts = sums
         step_s = time.perf_counter() - start
         self.slab, self.slab_first_step = rows.slab, rows.slab_first_step
+        if rows.units:
+            self.epoch = self.stream.epoch(rows.units[-1])
         progress.step += 1
         progress.loss = loss
         progress.add_step_time(step_s)
@@ -260,7 +265,7 @@ class PretrainWorker:
                 "data_wait_s": data_wait_s,
                 "forward_backward_s": times.forward_backward_s,
                 "optimizer_s": times.optimizer_s,
-                "epoch": self.stream.epoch(rows.units[-1]) if rows.units else 0,
+                "epoch": self.epoch,
                 "batch_hash": f"{batch_hash % 2**64:016x}",
                 "tokens_cropped": progress.tokens_cropped,
                 "documents_skipped": progress.documents_skipped,
@@ -354,9 +359,10 @@ class PretrainWorker:
         known = self.world.max_int(known)
         self.slab = Cursor(known >> 32, known % 2**32)
         first = self.world.is_first
-        shards = self.optimizer.state_shards()
-        for shard in shards:
-            shard.tensor = shard.tensor.detach().to("cpu", copy=True)
+        shards = [
+            replace(shard, tensor=shard.tensor.detach().to("cpu", copy=True))
+            for shard in self.optimizer.state_shards()
+        ]
         model = None
         if first:
             self.hooks.guard()
