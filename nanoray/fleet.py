@@ -11,7 +11,7 @@ import secrets
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanoray.errors import NanorayError
+from nanoray.metrics import Record, Sink
 
 CONNECT_DEADLINE_S = 60.0
 PREFLIGHT_DEADLINE_S = 8.0
@@ -188,7 +189,7 @@ def _check_paths(paths: Sequence[str], nodes: Sequence[dict[str, Any]]) -> None:
         return [path for path in paths if not os.path.exists(path)]
 
     pending = {
-        missing.options(  # type: ignore[attr-defined]
+        missing.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote(): node
         for node in nodes
@@ -270,11 +271,11 @@ class StopWatch:
         self._closed.set()
 
 
-def gauge_sink(stage: str, run: str) -> Callable[[dict[str, Any]], None]:
+def gauge_sink(stage: str, run: str) -> Sink:
     """A metrics sink that exports every number as a Ray gauge ``nanoray_<stage>_<key>``."""
     gauges: dict[str, Gauge] = {}
 
-    def sink(record: dict[str, Any]) -> None:
+    def sink(record: Record) -> None:
         for key, value in record.items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue

@@ -76,18 +76,19 @@ def muon_direction(
         form: July or February.
         polar_dtype: dtype of the result.
     """
-    # Lerps written out: torch.lerp takes no CPU scalar as the weight of CUDA tensors everywhere.
-    momentum_KMN.add_((grad_KMN - momentum_KMN) * (1 - momentum))
-    x_KMN = grad_KMN + (momentum_KMN - grad_KMN) * momentum
-    row_sq_KM1 = x_KMN.square().sum(dim=-1, keepdim=True)
-    norm_sq_K11 = row_sq_KM1.sum(dim=-2, keepdim=True)
-    if not form.equilibrate_rows:
-        return (x_KMN / (form.norm_divisor * norm_sq_K11.sqrt() + 1e-6)).to(polar_dtype)
-    target_K11 = (norm_sq_K11 / grad_KMN.shape[-2]).sqrt()
-    scale_KM1 = target_K11 / row_sq_KM1.sqrt().clamp_min(1e-6)
-    # The norm after equilibration follows from the row norms: no further pass over x.
-    norm_K11 = (row_sq_KM1 * scale_KM1.square()).sum(dim=-2, keepdim=True).sqrt()
-    return (x_KMN * (scale_KM1 / (form.norm_divisor * norm_K11 + 1e-6))).to(polar_dtype)
+    # Both lerps share a term, and need no more than a product with a CPU scalar on any device.
+    fresh_KMN = grad_KMN * (1 - momentum)
+    momentum_KMN.mul_(momentum).add_(fresh_KMN)
+    x_KMN = (momentum_KMN * momentum).add_(fresh_KMN)
+    row_norm_KM1 = torch.linalg.vector_norm(x_KMN, dim=-1, keepdim=True)
+    norm_K11 = torch.linalg.vector_norm(row_norm_KM1, dim=-2, keepdim=True)
+    scale = torch.ones_like(norm_K11)
+    if form.equilibrate_rows:
+        rms_row_norm_K11 = norm_K11 / grad_KMN.shape[-2] ** 0.5
+        scale = rms_row_norm_K11 / row_norm_KM1.clamp_min(1e-6)
+        # The norm of the result follows from the row norms: no further pass over x.
+        norm_K11 = torch.linalg.vector_norm(row_norm_KM1 * scale, dim=-2, keepdim=True)
+    return x_KMN.mul_(scale / (form.norm_divisor * norm_K11 + 1e-6)).to(polar_dtype)
 
 
 def polar_express(x_KMN: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def muon_apply_(
 
     Args:
         param_KMN: K matrices, fp32, updated in place.
-        polar_KMN: what `polar_express` returned.
+        polar_KMN: what `polar_express` returned; may be overwritten.
         second_moment: fp32 [K, M, 1] if M >= N else [K, 1, N], updated in place; it has no
             bias correction, and the update uses its new value.
         lr: 0-d, the learning rate, already scaled by the shape.
@@ -128,7 +129,8 @@ def muon_apply_(
     """
     num_rows, num_cols = polar_KMN.shape[-2:]
     mean_dim, mean_size = (-1, num_cols) if num_rows >= num_cols else (-2, num_rows)
-    mean_sq = polar_KMN.float().square().mean(dim=mean_dim, keepdim=True)
+    x_KMN = polar_KMN.float()
+    mean_sq = x_KMN.square().sum(dim=mean_dim, keepdim=True) / mean_size
     norm_sq_K11 = mean_sq.sum(dim=(-2, -1), keepdim=True) * mean_size
     reset_K11 = torch.ones_like(norm_sq_K11)
     if form.reset_norm:
@@ -139,6 +141,6 @@ def muon_apply_(
     scale = second_moment.clamp_min(1e-10).rsqrt()
     new_norm_sq_K11 = (mean_sq * scale.square()).sum(dim=(-2, -1), keepdim=True) * mean_size
     keep_norm_K11 = norm_sq_K11.sqrt() / new_norm_sq_K11.sqrt().clamp_min(1e-10)
-    update_KMN = polar_KMN.float() * (reset_K11 * scale * keep_norm_K11)
-    decay_KMN = torch.where(update_KMN * param_KMN >= 0, param_KMN, 0.0) * lr_times_decay
-    param_KMN.sub_(update_KMN * lr + decay_KMN)
+    x_KMN.mul_(reset_K11 * scale * keep_norm_K11 * lr)
+    shrinks_KMN = (x_KMN * param_KMN).ge_(0)  # as 1.0 and 0.0
+    param_KMN.mul_(shrinks_KMN.mul_(-lr_times_decay).add_(1)).sub_(x_KMN)

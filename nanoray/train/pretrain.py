@@ -29,7 +29,7 @@ from nanoray.data.blocks import Block, Cursor, StepRows, step_rows
 from nanoray.data.plan import StreamPlan, validation_rows
 from nanoray.evals.bpb import bits_and_bytes
 from nanoray.evals.sample import sample_report
-from nanoray.metrics import MetricsLog, Sink
+from nanoray.metrics import MetricsLog, Record, Sink
 from nanoray.model.compile import compile_model
 from nanoray.model.gpt import GPT
 from nanoray.model.precision import peak_flops, pick_compute_dtype
@@ -45,7 +45,7 @@ from nanoray.train.world import World
 OpenBlocks = Callable[[StreamPlan, Tokenizer, Cursor], Iterator[Block]]
 
 
-def _nothing(_record: dict[str, Any]) -> None:
+def _nothing(_record: Record) -> None:
     return None
 
 
@@ -63,7 +63,7 @@ class Hooks:
     """
 
     post: Sink = _nothing
-    report: Callable[[dict[str, Any]], None] = _nothing
+    report: Callable[[Record], None] = _nothing
     stop_reason: Callable[[], str] = lambda: ""
     guard: Callable[[], None] = lambda: None
     sinks: list[Sink] = field(default_factory=list)
@@ -357,7 +357,7 @@ class PretrainWorker:
         # Only the worker of the slab's first block knows where the slab begins.
         known = self.slab.unit * 2**32 + self.slab.row if self.slab else -1
         known = self.world.max_int(known)
-        self.slab = Cursor(known >> 32, known % 2**32)
+        self.slab = slab = Cursor(known >> 32, known % 2**32)
         first = self.world.is_first
         shards = [
             replace(shard, tensor=shard.tensor.detach().to("cpu", copy=True))
@@ -373,7 +373,7 @@ class PretrainWorker:
                 step=self.progress.step,
                 optimizer=shards,
                 model=model,
-                meta=self._meta() if first else None,
+                meta=self._meta(slab) if first else None,
                 files=self.tokenizer.to_files() if first else None,
             )
         )
@@ -381,7 +381,7 @@ class PretrainWorker:
             self.log.sync()
             self._write_summary("running")
 
-    def _meta(self) -> dict[str, Any]:
+    def _meta(self, slab: Cursor) -> dict[str, Any]:
         """No state of a random generator: all randomness is a function of seed and step."""
         return {
             "stage": "pretrain",
@@ -389,8 +389,8 @@ class PretrainWorker:
             "model_config": self.plan.model,
             "plan": self.plan.to_dict(),
             "cursor": {
-                "unit": self.slab.unit,
-                "row": self.slab.row,
+                "unit": slab.unit,
+                "row": slab.row,
                 "first_step": self.slab_first_step,
             },
             "progress": self.progress.to_dict(),

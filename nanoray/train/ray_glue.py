@@ -153,7 +153,7 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
         _train_loop,
         train_loop_config={"plan": plan.to_dict(), "token": lease.token, "board": board},
         scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),
+            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=gpus > 0,
             resources_per_worker=resources,
         ),
@@ -162,7 +162,8 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
             name=f"{plan.run}-{uuid.uuid4().hex[:8]}",
             storage_path=_ray_storage(plan),
             failure_config=FailureConfig(
-                max_failures=int(plan.config["max_failures"]), controller_failure_limit=1
+                max_failures=int(plan.config["max_failures"]),
+                controller_failure_limit=1,  # type: ignore[call-arg]
             ),
         ),
         datasets={"train": dataset},

@@ -1,0 +1,38 @@
+# Every target sets up its own .venv first; nothing is installed elsewhere.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test fast lint soak bench clean
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Tokenizer and pretraining on the docstrings of the installed packages: no network, no GPU.
+demo: .venv/installed
+	$(BIN)/python -m jobs.data build --corpus docstrings
+	$(BIN)/python -m jobs.tokenizer train --config jobs/demo_tokenizer.yaml
+	$(BIN)/python -m jobs.pretrain --config jobs/demo_pretrain.yaml
+
+test: lint
+	$(BIN)/python -m pytest
+
+fast: .venv/installed
+	$(BIN)/python -m pytest -m 'not slow and not soak'
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+soak: .venv/installed
+	$(BIN)/python -m pytest -m soak --timeout 3600
+
+bench: .venv/installed
+	for script in bench/[a-z]*.py; do echo "== $$script" && $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
