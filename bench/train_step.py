@@ -56,6 +56,10 @@ def main() -> None:
         "rounds": args.rounds,
         "step_s": {side: round(value, 4) for side, value in medians.items()},
         "best_step_s": {side: round(min(times), 4) for side, times in seconds.items()},
+        "cpu_s": {
+            side: round(statistics.median(r["cpu_s"] for r in replies[side][2:]), 4)
+            for side in sides
+        },
         "tokens_per_s": {side: round(STEP_TOKENS / value) for side, value in medians.items()},
         "first_step_s": {side: round(value, 1) for side, value in first_s.items()},
         "losses": {side: [round(r["loss"], 4) for r in replies[side]] for side in sides},
@@ -153,13 +157,13 @@ def work(args: argparse.Namespace) -> None:
         data = make(step)
         profiled = args.profile and step == 4
         with torch.profiler.profile(record_shapes=True) if profiled else open(os.devnull) as prof:
-            start_s = time.perf_counter()
+            start_s, start_cpu_s = time.perf_counter(), time.process_time()
             loss = train_step(data)
-            seconds = time.perf_counter() - start_s
+            seconds, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
         if profiled:
             averages = prof.key_averages(group_by_input_shape=True)
             print(averages.table(sort_by="self_cpu_time_total", row_limit=45, max_name_column_width=60))
-        print(json.dumps({"seconds": seconds, "loss": loss}), flush=True)
+        print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "loss": loss}), flush=True)
 
 
 def ours(weights: dict, args: argparse.Namespace) -> Callable[[list], float]:

@@ -96,9 +96,7 @@ def test_singular_values_come_near_one(
 ) -> None:
     torch.manual_seed(1)
     grad = torch.randn(4, *shape)
-    x = muon_direction(
-        grad, torch.zeros_like(grad), torch.tensor(0.9), MUON_FORMS[recipe], dtype
-    )
+    x = muon_direction(grad, torch.zeros_like(grad), torch.tensor(0.9), MUON_FORMS[recipe], dtype)
     values = torch.linalg.svdvals(polar_express(x).float())
     assert values.min() >= 0.80
     assert values.max() <= 1.16
@@ -134,9 +132,7 @@ def test_compiled_equals_eager() -> None:
         grad = torch.randn(shape)
         buffers = [torch.zeros(shape) for _ in range(2)]
         seconds = [torch.zeros(shape[0], *second_moment_shape(*shape[1:])) for _ in range(2)]
-        for i, (first, last) in enumerate(
-            [(muon_direction, muon_apply_), (direction, apply_)]
-        ):
+        for i, (first, last) in enumerate([(muon_direction, muon_apply_), (direction, apply_)]):
             x = first(grad, buffers[i], torch.tensor(0.9), form, torch.float32)
             scalars = (torch.tensor(0.02), torch.tensor(0.01), torch.tensor(0.9))
             last(params[i], polar_express(x), seconds[i], *scalars, form)

@@ -36,9 +36,7 @@ def train_like_the_reference(which: str) -> tuple[dict, list[float], dict, dict]
         width=config.n_embd,
         batch_tokens=2**19,
     )
-    optimizer = MuonAdamW(
-        named, groups, recipe=recipe, compute_dtype=torch.float32, compile=False
-    )
+    optimizer = MuonAdamW(named, groups, recipe=recipe, compute_dtype=torch.float32, compile=False)
     schedule = figures["schedule"]
     losses = []
     for step in range(6):

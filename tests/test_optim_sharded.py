@@ -92,9 +92,7 @@ def build(recipe: str = "july") -> tuple[TinyModel, MuonAdamW]:
         width=768,
         batch_tokens=2**19,
     )
-    optimizer = MuonAdamW(
-        named, groups, recipe=recipe, compute_dtype=torch.float32, compile=False
-    )
+    optimizer = MuonAdamW(named, groups, recipe=recipe, compute_dtype=torch.float32, compile=False)
     return model, optimizer
 
 

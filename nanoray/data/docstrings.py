@@ -27,10 +27,11 @@ MIN_ASCII_SHARE = 0.97
 _FILES_PER_TASK = 32
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
 _WORD = re.compile(r"[A-Za-z]+")
-_STOPWORDS = frozenset(
-    "a all also an and any are as at be been but by can do each for from has have if in into is "
-    "it its may must not of on only or other should so some than that the their then there these "
-    "they this to use used was we were when where which will with you your".split()
+_STOPWORDS = re.compile(
+    r"\b(?:a|all|also|an|and|any|are|as|at|be|been|but|by|can|do|each|for|from|has|have|if|in|into"
+    r"|is|it|its|may|must|not|of|on|only|or|other|should|so|some|than|that|the|their|then|there|these"
+    r"|they|this|to|use|used|was|we|were|when|where|which|will|with|you|your)\b",
+    re.IGNORECASE,
 )
 
 
@@ -123,8 +124,7 @@ def is_english(text: str) -> bool:
         return False
     words = _WORD.findall(text)
     num_letters = sum(map(len, words)) + text.count(" ")
-    num_stopwords = sum(word.lower() in _STOPWORDS for word in words)
-    return (
-        num_stopwords >= MIN_STOPWORD_SHARE * max(1, len(words))
-        and num_letters >= MIN_LETTER_SHARE * len(text)
-    )
+    num_stopwords = len(_STOPWORDS.findall(text))
+    return num_stopwords >= MIN_STOPWORD_SHARE * max(
+        1, len(words)
+    ) and num_letters >= MIN_LETTER_SHARE * len(text)

@@ -34,14 +34,18 @@ _T = TypeVar("_T")
 
 
 class BadShardError(NanorayError):
-    """A shard's content is wrong (not the storage around it). ``kind`` is the counter's key."""
+    """A shard's content is wrong (not the storage around it).
 
-    def __init__(self, message: str, kind: str) -> None:
+    ``kind`` is the counter's key, ``reason`` what was found, without place and mend.
+    """
+
+    def __init__(self, message: str, kind: str, reason: str = "") -> None:
         super().__init__(message)
         self.kind = kind
+        self.reason = reason or message
 
     def __reduce__(self) -> tuple[Any, ...]:  # it travels out of Ray tasks
-        return type(self), (str(self), self.kind)
+        return type(self), (str(self), self.kind, self.reason)
 
 
 def list_shards(corpus_dir: str, unfinished_ok: bool = False) -> list[str]:
@@ -97,13 +101,16 @@ def map_threads(function: Callable[[str], _T], uris: Sequence[str]) -> Iterator[
 
 
 def row_groups(
-    shards: Sequence[str], on_bad: OnBad = "fail", skipped: Counter[str] | None = None
+    shards: Sequence[str],
+    on_bad: OnBad = "fail",
+    skipped: Counter[str] | None = None,
+    column: str = TEXT_COLUMN,
 ) -> list[RowGroup]:
     """All row groups of the shards in order, from their footers only.
 
     Args:
         on_bad: ``skip`` leaves out shards whose footer cannot be read or that have no usable
-            ``text`` column.
+            text column.
         skipped: counts what was left out, by kind (in shards).
 
     Raises:
@@ -113,7 +120,7 @@ def row_groups(
     def of_shard(uri: str) -> list[RowGroup] | BadShardError:
         try:
             with open_shard(uri) as file:
-                check_schema(uri, file.schema_arrow)
+                check_schema(uri, file.schema_arrow, column)
                 meta = file.metadata
         except BadShardError as error:
             return error
@@ -164,6 +171,7 @@ def _shard_errors(uri: str, where: str) -> Iterator[None]:
             f"shard {uri}{where} is damaged or cut short ({reason}); delete it and fetch or build "
             f"it again, or pass --on-bad-shard skip",
             "damaged",
+            reason,
         ) from error
 
 
