@@ -59,6 +59,8 @@ class ProgressPrinter:
     def __call__(self, record: dict[str, Any]) -> None:
         if "warning" in record:
             self._print(f"warning: {record['warning']}")
+        elif "workers" in record:
+            self._print("workers " + ", ".join(record["workers"]))
         elif "samples" in record:
             self._print(record["samples"])
         elif "val_bpb" in record:

@@ -9,6 +9,7 @@ Nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -145,20 +146,30 @@ class CheckpointWriter:
         try:
             self._save(folder, snapshot)
             self.last_save_s = time.monotonic() - start
-        except NanorayError as error:
-            self._error = error
-        except (OSError, SafetensorError) as error:
-            if self._rank == 0:
-                storage.remove(folder)
-            self._error = NanorayError(
-                f"checkpoint of step {snapshot.step} could not be saved to {folder}: {error}; "
-                f"the checkpoint before it is intact - make room or mend the storage, then run "
-                f"the same command again to go on from there"
-            )
         except BaseException as error:  # kept for the training thread, which raises it
-            self._error = error
+            self._error = self._explained(error, folder, snapshot.step)
+
+    def _explained(self, error: BaseException, folder: str, step: int) -> BaseException:
+        """Clean up after a failed save, and say what it means."""
+        if isinstance(error, NanorayError):  # a lost lease: the folder is another's
+            return error
+        if storage.is_local(folder) and not isinstance(error, OSError | SafetensorError):
+            return error  # a bug; on object stores it may be one of the store's own classes
+        if self._rank == 0:
+            with contextlib.suppress(Exception):
+                if not storage.exists(storage.join(folder, "manifest.json")):
+                    storage.remove(folder)
+        return NanorayError(
+            f"checkpoint of step {step} could not be saved to {folder}: {error}; "
+            f"the checkpoint before it is intact - make room or mend the storage, then run "
+            f"the same command again to go on from there"
+        )
 
     def _save(self, folder: str, snapshot: Snapshot) -> None:
+        self._guard()
+        if self._rank == 0:
+            # A damaged checkpoint of this step must not count while its files are replaced.
+            storage.remove(storage.join(folder, "manifest.json"))
         files: dict[str, dict[str, int]] = {}
         index: list[list[Any]] = []
         tensors: dict[str, Tensor] = {}
@@ -219,9 +230,30 @@ class CheckpointWriter:
             if name not in files:
                 storage.remove(storage.join(folder, name))
         manifest = {"version": 1, "step": step, "files": files, "optimizer": index}
-        storage.write_text(storage.join(folder, "manifest.json"), json.dumps(manifest))
-        for old in list_steps(self._root)[: -self._keep]:
-            delete(self._root, old)
+        storage.write_text(storage.join(folder, "manifest.json"), _seal(manifest))
+        with contextlib.suppress(Exception):  # the new one stands; the next save tries again
+            self._delete_superseded(step)
+
+    def _delete_superseded(self, step: int) -> None:
+        """Keep the latest. Later steps are damaged: the run went on from before them."""
+        steps = list_steps(self._root)
+        kept = [old for old in steps if old <= step][-self._keep :]
+        for old in steps:
+            if old not in kept:
+                delete(self._root, old)
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """JSON with the checksum of its own content."""
+    return json.dumps({**manifest, "crc32": zlib.crc32(json.dumps(manifest).encode())})
+
+
+def _unseal(text: bytes) -> dict[str, Any]:
+    """The inverse of `_seal`. Raises ValueError, KeyError or TypeError for other text."""
+    manifest: dict[str, Any] = dict(json.loads(text))
+    if manifest.pop("crc32") != zlib.crc32(json.dumps(manifest).encode()):
+        raise ValueError("the manifest has other content than was written")
+    return manifest
 
 
 class Checkpoint:
@@ -238,13 +270,13 @@ class Checkpoint:
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
         try:
-            manifest = json.loads(storage.read_bytes(storage.join(self.folder, "manifest.json")))
+            manifest = _unseal(storage.read_bytes(storage.join(self.folder, "manifest.json")))
             self.files: dict[str, dict[str, int]] = manifest["files"]
             index = manifest["optimizer"]
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise NanorayError(
                 f"{self.folder} is not a complete checkpoint (its manifest.json is missing or "
-                f"unreadable); take another step"
+                f"damaged); delete this folder to use the checkpoint before it"
             ) from error
         self._index: dict[tuple[str, str], list[list[Any]]] = {}
         for param, state, start, stop, _num_rows, name, key in index:
@@ -332,16 +364,27 @@ class Checkpoint:
 
 
 def open_latest(root: str, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose every byte is right, or None.
+    """The newest checkpoint whose every byte is right, or None where there is none at all.
 
     A damaged one is named through ``warn`` and the one before it is taken.
+
+    Raises:
+        NanorayError: there are checkpoints, and every one is damaged.
     """
-    for step in reversed(list_steps(root)):
-        checkpoint = Checkpoint(root, step)
-        try:
-            checkpoint.verify()
-            return checkpoint
-        except NanorayError as error:
-            warn(str(error))
-            checkpoint._stack.close()
+    steps = list_steps(root)
+    for step in reversed(steps):
+        with ExitStack() as stack:
+            try:
+                checkpoint = stack.enter_context(Checkpoint(root, step))
+                checkpoint.verify()
+            except NanorayError as error:
+                warn(str(error))
+            else:
+                stack.pop_all()  # the caller closes it
+                return checkpoint
+    if steps:
+        raise NanorayError(
+            f"none of the checkpoints in {root} is intact (steps {', '.join(map(str, steps))}); "
+            f"restore one of them, or delete that folder to begin anew"
+        )
     return None

@@ -66,6 +66,7 @@ class JobConfig(BaseSettings):
         cli_avoid_json=True,
         cli_hide_none_type=True,
         nested_model_default_partial_update=True,
+        allow_inf_nan=False,
     )
     _yaml_values: ClassVar[dict[str, Any]] = {}
     registry: ClassVar[list[type[JobConfig]]] = []
@@ -121,19 +122,33 @@ def check_environment(environ: Mapping[str, str] | None = None) -> None:
 
 
 def _config_file(argv: Sequence[str]) -> str | None:
-    for i, word in enumerate(argv):
+    path = os.environ.get("NANORAY_CONFIG")
+    for i, word in enumerate(argv):  # of a flag given twice the last counts, as for all flags
         if word == "--config" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith("--config="):
-            return word.split("=", 1)[1]
-    return os.environ.get("NANORAY_CONFIG")
+            path = argv[i + 1]
+        elif word.startswith("--config="):
+            path = word.split("=", 1)[1]
+    return path
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Leaves scalars as the text they are, so that a value means what it means as a flag.
+
+    YAML 1.1 would read the worker range 1:4 as 64, and 2 as a number where a text is wanted.
+    """
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def _read_yaml(path: str | None, cls: type[JobConfig]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _PlainLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):

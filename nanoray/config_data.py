@@ -53,8 +53,12 @@ class RepackageConfig(JobConfig):
 
     model_config = SettingsConfigDict(cli_shortcuts={"source": "from"})
 
-    corpus: str = Field(description="the new corpus: name under NANORAY_HOME/data, path or URI")
-    source: str = Field(description="the old one: corpus name, folder, glob or parquet file")
+    corpus: str | None = Field(
+        None, description="the new corpus (needed): name under NANORAY_HOME/data, path or URI"
+    )
+    source: str | None = Field(
+        None, description="the old one (needed): corpus name, folder, glob or parquet file"
+    )
     text_column: str = Field("text", description="parquet column of the text")
     seed: int = Field(42, ge=0, le=2**63 - 1, description="of the shuffle")
     shard_chars: int = Field(250_000_000, ge=1000, description="characters of a shard, about")

@@ -7,6 +7,7 @@ token in the file has lost the run and must stop.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -16,13 +17,14 @@ import uuid
 from typing import Any
 
 import psutil
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from nanoray import storage
 from nanoray.errors import NanorayError
 
 HEARTBEAT_S = 5.0
 EXPIRY_S = 30.0
+LOCK_DEADLINE_S = 10.0
 
 
 class LeaseLostError(NanorayError):
@@ -38,11 +40,23 @@ def read_lease(run_dir: str) -> dict[str, Any] | None:
     return lease if isinstance(lease, dict) else None
 
 
+def _machine() -> dict[str, Any]:
+    """What two processes must have in common for a pid to mean the same to both."""
+    namespace = ""
+    with contextlib.suppress(OSError):  # containers of one host may share its name
+        namespace = os.readlink("/proc/self/ns/pid")
+    return {
+        "host": socket.gethostname(),
+        "boot": psutil.boot_time(),
+        "pid_namespace": namespace,
+    }
+
+
 def is_alive(lease: dict[str, Any]) -> bool:
     """Whether the writer of a lease lives, as far as can be seen from here."""
     if lease.get("released"):
         return False
-    if lease.get("host") == socket.gethostname() and lease.get("boot") == psutil.boot_time():
+    if all(lease.get(key) == value for key, value in _machine().items()):
         try:
             process = psutil.Process(int(lease["pid"]))
             started = process.create_time()
@@ -75,8 +89,15 @@ class Lease:
     def _acquire(self) -> None:
         storage.make_dirs(self.run_dir)
         if storage.is_local(self.run_dir):
-            with FileLock(storage.join(self.run_dir, ".lease.lock"), timeout=10):
-                self._take()
+            lock = storage.join(self.run_dir, ".lease.lock")
+            try:
+                with FileLock(lock, timeout=LOCK_DEADLINE_S):
+                    self._take()
+            except Timeout as error:
+                raise NanorayError(
+                    f"{lock} was held by another start of this run for {LOCK_DEADLINE_S:.0f} s; "
+                    f"stop that one first"
+                ) from error
         else:
             # Object stores have no lock: of two that write at once, the later write wins, and
             # the other sees it here or at its next heartbeat.
@@ -98,8 +119,7 @@ class Lease:
     def _write(self, released: bool = False) -> None:
         lease = {
             "token": self.token,
-            "host": socket.gethostname(),
-            "boot": psutil.boot_time(),
+            **_machine(),
             "pid": os.getpid(),
             "process_started": psutil.Process().create_time(),
             "heartbeat": time.time(),
@@ -115,7 +135,7 @@ class Lease:
             except LeaseLostError:
                 self._lost.set()
                 return
-            except OSError:  # a full disk must not end a heartbeat that may succeed later
+            except Exception:  # a full disk or an outage of the store may pass
                 continue
 
     @property
@@ -127,12 +147,14 @@ class Lease:
         check_token(self.run_dir, self.token)
 
     def release(self) -> None:
-        """Give the run free; idempotent."""
+        """Give the run free; idempotent. Never raises: it must not hide why a run ends."""
         self._stop.set()
         self._thread.join(timeout=10)
-        holder = read_lease(self.run_dir)
-        if holder and holder.get("token") == self.token:
-            self._write(released=True)
+        # A lease that cannot be written (disk full) ends with this process all the same.
+        with contextlib.suppress(Exception):
+            holder = read_lease(self.run_dir)
+            if holder and holder.get("token") == self.token:
+                self._write(released=True)
 
 
 def check_token(run_dir: str, token: str) -> None:

@@ -6,13 +6,15 @@ is absent. Keys are those of the README's table and stay stable.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from nanoray import storage
+from nanoray.errors import NanorayError
 
 Record = Mapping[str, Any]
 Sink = Callable[[Record], None]
@@ -62,8 +64,9 @@ class MetricsLog:
         """Append one record (JSON numbers and strings) and flush it."""
         line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
         if self._file:
-            self._file.write(line)
-            self._file.flush()
+            with self._explained():
+                self._file.write(line)
+                self._file.flush()
         else:
             self._lines.append(line)
         for sink in self._sinks:
@@ -71,15 +74,27 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Make the log durable: fsync, or upload to the object store."""
-        if self._file:
-            os.fsync(self._file.fileno())
-        else:
-            storage.write_text(self._uri, "".join(self._lines))
+        with self._explained():
+            if self._file:
+                os.fsync(self._file.fileno())
+            else:
+                storage.write_text(self._uri, "".join(self._lines))
 
     def close(self) -> None:
         self.sync()
         if self._file:
-            self._file.close()
+            with self._explained():
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise NanorayError(
+                f"metrics cannot be written to {self._uri} ({error}); make room or mend the "
+                f"storage, then run the same command again to go on from the last checkpoint"
+            ) from error
 
 
 def wandb_sink(project: str, run: str, config: dict[str, Any]) -> Sink:

@@ -34,7 +34,9 @@ def normalize(uri: str | os.PathLike[str]) -> str:
     text = str(uri)
     if text.startswith("file://"):
         text = text[len("file://") :]
-    if _SCHEME.match(text):
+    if scheme := _SCHEME.match(text):
+        if not text[scheme.end() :].strip("/"):
+            raise NanorayError(f"storage {text} names no bucket or folder; write {text}NAME")
         return text.rstrip("/")
     return os.path.abspath(os.path.expanduser(text))
 
@@ -99,8 +101,13 @@ def run_dir(run: str) -> str:
 
 
 def exists(uri: str) -> bool:
+    """Whether there is a file or folder; a store that cannot tell raises its error."""
     fs, path = filesystem(uri)
-    return bool(fs.exists(path))
+    try:
+        fs.info(path)  # fs.exists() takes any error for a no
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def list_names(uri: str) -> list[str]:
@@ -110,9 +117,9 @@ def list_names(uri: str) -> list[str]:
         entries = fs.ls(path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    names = {entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries}
-    names.discard(path.rstrip("/").rsplit("/", 1)[-1])  # s3 lists a folder's own marker
-    return sorted(names)
+    found = {entry.rstrip("/") for entry in entries}
+    found.discard(path.rstrip("/"))  # s3 lists a folder's own marker
+    return sorted(entry.rsplit("/", 1)[-1] for entry in found)
 
 
 def size_bytes(uri: str) -> int:
@@ -128,8 +135,9 @@ def open_read(uri: str) -> IO[bytes]:
 
 
 def read_bytes(uri: str) -> bytes:
-    with open_read(uri) as file:
-        return file.read()
+    """The content of a file. Raises FileNotFoundError."""
+    fs, path = filesystem(uri)
+    return bytes(fs.cat_file(path))
 
 
 def read_text(uri: str) -> str:

@@ -126,7 +126,7 @@ def test_compiled_equals_eager() -> None:
     direction = torch.compile(muon_direction, dynamic=True, fullgraph=True)
     apply_ = torch.compile(muon_apply_, dynamic=True, fullgraph=True)
     torch.manual_seed(2)
-    for shape in [(3, 8, 12), (4, 12, 8)]:
+    for shape in [(3, 8, 12)]:
         params = [torch.randn(shape)] * 2
         params = [p.clone() for p in params]
         grad = torch.randn(shape)

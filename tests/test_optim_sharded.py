@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from gloo import run_gloo
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, embedding, linear
 
 from nanoray.optim.buckets import StateShard
-from nanoray.optim.groups import build_groups
+from nanoray.optim.groups import ParamGroup, build_groups
 from nanoray.optim.schedule import Schedule
 from nanoray.optim.sharded import MuonAdamW
 
@@ -29,7 +29,6 @@ class TinyModel(nn.Module):
         super().__init__()
         torch.manual_seed(3)
         self.weights = nn.ParameterDict()
-        self.names: dict[str, str] = {}
 
         def add(name: str, *shape: int) -> None:
             self.weights[name.replace(".", "/")] = nn.Parameter(torch.randn(shape) * 0.1)
@@ -54,36 +53,31 @@ class TinyModel(nn.Module):
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Sum of the losses of predicting a token's successor."""
         w = self.named()
-        x0 = F.embedding(tokens_BT, w["transformer.wte.weight"])
+        x0 = embedding(tokens_BT, w["transformer.wte.weight"]).float()
         x = x0
         for layer in range(3):
             prefix = f"transformer.h.{layer}."
             x = x * (1 + w["resid_lambdas"][layer]) + w["x0_lambdas"][layer] * x0
-            h = F.linear(x, w[prefix + "attn.c_q.weight"]).tanh()
+            h = linear(x, w[prefix + "attn.c_q.weight"]).tanh()
             if layer == 2:
-                gate = F.linear(x[..., :12], w[prefix + "attn.ve_gate.weight"]).sigmoid()
-                h = h + gate.sum(-1, keepdim=True) * F.embedding(
+                gate = linear(x[..., :12], w[prefix + "attn.ve_gate.weight"]).sigmoid()
+                h = h + gate.sum(-1, keepdim=True) * embedding(
                     tokens_BT, w["value_embeds.2.weight"]
                 )
-            x = x + F.linear(h, w[prefix + "attn.c_proj.weight"])
-            h = F.linear(x, w[prefix + "mlp.c_fc.weight"]).relu().square()
-            x = x + F.linear(h, w[prefix + "mlp.c_proj.weight"])
-        smear = F.linear(x[..., :24], w["smear_gate.weight"]).sigmoid()
+            x = x + linear(h, w[prefix + "attn.c_proj.weight"])
+            h = linear(x, w[prefix + "mlp.c_fc.weight"]).relu().square()
+            x = x + linear(h, w[prefix + "mlp.c_proj.weight"])
+        smear = linear(x[..., :24], w["smear_gate.weight"]).sigmoid()
         x = x + w["smear_lambda"] * smear * x0
-        logits = F.linear(x, w["lm_head.weight"])
+        logits = linear(x, w["lm_head.weight"])
         targets = (tokens_BT + 1) % 67
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
 
 
-def build(recipe: str = "july") -> tuple[TinyModel, MuonAdamW]:
-    model = TinyModel()
-    named = model.named()
-    if recipe == "february":
-        for name in ("smear_gate.weight", "smear_lambda"):
-            del named[name]
-    groups = build_groups(
+def tiny_groups(named: dict[str, nn.Parameter]) -> list[ParamGroup]:
+    return build_groups(
         {name: tuple(p.shape) for name, p in named.items()},
-        recipe,
+        "july",
         embedding_lr=0.02,
         unembedding_lr=0.004,
         matrix_lr=0.02,
@@ -92,7 +86,16 @@ def build(recipe: str = "july") -> tuple[TinyModel, MuonAdamW]:
         width=768,
         batch_tokens=2**19,
     )
-    optimizer = MuonAdamW(named, groups, recipe=recipe, compute_dtype=torch.float32, compile=False)
+
+
+def build(table_dtype: torch.dtype = torch.float32) -> tuple[TinyModel, MuonAdamW]:
+    model = TinyModel()
+    named = model.named()
+    for name in ("transformer.wte.weight", "value_embeds.2.weight"):
+        named[name].data = named[name].data.to(table_dtype)
+    optimizer = MuonAdamW(
+        named, tiny_groups(named), recipe="july", compute_dtype=torch.float32, compile=False
+    )
     return model, optimizer
 
 
@@ -246,7 +249,7 @@ def test_states_are_shared_out() -> None:
 
 
 def overlap(rank: int, world_size: int) -> list[int]:
-    """How many buckets are under way after the backward that is (not) the last."""
+    """How many buckets are under way after a backward that is not, and one that is the last."""
     model, optimizer = build()
     batches = micro_batches(0, 0, 1)
     counts = []
@@ -264,6 +267,22 @@ def test_gradients_are_sent_during_the_last_backward() -> None:
     for first, last, num_buckets in run_gloo(overlap, 2):
         assert first == 0
         assert last == num_buckets
+
+
+def train_bf16_tables(rank: int, world_size: int) -> tuple[list[float], dict[str, Tensor]]:
+    model, optimizer = build(torch.bfloat16)
+    losses = [one_step(model, optimizer, step, rank, world_size) for step in range(6)]
+    return losses, {name: p.detach().clone() for name, p in model.named().items()}
+
+
+def test_tables_in_bf16() -> None:
+    """Embeddings live in bf16 on GPUs, and so do their gradients and moments."""
+    one, two = train_bf16_tables(0, 1), run_gloo(train_bf16_tables, 2)
+    assert one[1]["transformer.wte.weight"].dtype == torch.bfloat16
+    losses = torch.tensor([losses for losses, _ in two]).sum(dim=0)
+    torch.testing.assert_close(losses, torch.tensor(one[0]), atol=1e-2, rtol=0)
+    for name, p in two[0][1].items():
+        assert torch.equal(p, two[1][1][name]), name
 
 
 def test_all_gradients_missing_is_a_step_of_zeros() -> None:
@@ -302,17 +321,7 @@ def _without(groups: list, index: int) -> list:
 )
 def test_mistakes_are_named(change: Callable, message: str) -> None:
     named = TinyModel().named()
-    groups = build_groups(
-        {name: tuple(p.shape) for name, p in named.items()},
-        "july",
-        embedding_lr=0.1,
-        unembedding_lr=0.1,
-        matrix_lr=0.1,
-        scalar_lr=0.1,
-        weight_decay=0.1,
-        width=768,
-        batch_tokens=2**19,
-    )
+    groups = tiny_groups(named)
     named, groups = change(named, groups)
     with pytest.raises(ValueError, match=message):
         MuonAdamW(named, groups, recipe="july", compute_dtype=torch.float32, compile=False)

@@ -203,7 +203,7 @@ def test_a_nan_stops_the_run_and_names_step_and_rows(
 def test_loss_watch_tells_spikes_from_the_beginning() -> None:
     watch = LossWatch(spike_factor=2.0)
     assert not any(watch.problem(10 - 0.1 * i) for i in range(40))
-    assert "jumped to 14.000" in watch.problem(14.0)
+    assert "jumped to 17.000" in watch.problem(17.0)
     assert watch.problem(float("inf")) == "the loss is inf"
     assert not LossWatch(spike_factor=2.0).problem(1e9), "the first steps may do anything"
 

@@ -23,7 +23,8 @@ from nanoray.data.shards import BadShardError, check_schema, open_shard
 from nanoray.data.writer import write_errors
 from nanoray.errors import NanorayError
 
-_CHUNK_BYTES = 1 << 20
+# What a cut connection loses, and how often an interrupt is noticed.
+_CHUNK_BYTES = 16 << 10
 _CUT = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 _RETRIED_STATUS = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524}
 # done bytes, total bytes (None: unknown)

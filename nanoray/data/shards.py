@@ -252,7 +252,7 @@ def _check_rows(values: pa.ChunkedArray) -> tuple[list[str], dict[str, list[int]
     try:
         values.validate(full=True)  # at C++ speed; the rare bad group takes the slow path
         # Something that is not white space. Arrow's trim would copy, and fails on bad UTF-8.
-        has_text = pc.match_substring_regex(values, r"[^\s\v\x{85}\p{Z}]")
+        has_text = pc.match_substring_regex(values, r"[^\s\v\x1c-\x1f\x{85}\p{Z}]")
         if values.null_count == 0 and pc.all(has_text).as_py() is not False:
             return values.to_pylist(), {}
     except pa.ArrowInvalid:

@@ -15,8 +15,7 @@ reduce-scattered and parameters all-gathered in place, without a copy on any wor
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -387,65 +386,3 @@ def _adamw_update(
 
 def _round_bf16(value: float) -> float:
     return torch.tensor(value, dtype=torch.bfloat16).item()
-
-
-def make_muon_bucket(
-    params: Mapping[str, nn.Parameter],
-    names: Sequence[str],
-    group: ParamGroup,
-    ranks: Ranks,
-    kernels: MuonKernels,
-) -> MuonBucket:
-    """A bucket of the named matrices, which move into its buffer."""
-    num_padded = _round_up(len(names), ranks.world_size)
-    first = params[names[0]]
-    param_buffer = first.new_zeros(num_padded, *first.shape, requires_grad=False)
-    grad_buffer = torch.zeros_like(param_buffer)
-    members = [
-        _move(name, params[name], param_buffer[slot], grad_buffer[slot])
-        for slot, name in enumerate(names)
-    ]
-    return MuonBucket(members, ranks, grad_buffer, group, param_buffer, len(names), kernels)
-
-
-def make_table_bucket(
-    name: str, param: nn.Parameter, group: ParamGroup, ranks: Ranks
-) -> TableBucket:
-    """A bucket of one big tensor, which moves into a padded buffer where its rows need it."""
-    num_rows = param.shape[0]
-    num_padded = _round_up(num_rows, ranks.world_size)
-    if num_padded == num_rows and param.is_contiguous():
-        param_buffer = param.data
-    else:
-        param_buffer = param.data.new_zeros(num_padded, *param.shape[1:])
-    grad_buffer = torch.zeros_like(param_buffer)
-    member = _move(name, param, param_buffer[:num_rows], grad_buffer[:num_rows])
-    return TableBucket([member], ranks, grad_buffer, group, param_buffer, num_rows)
-
-
-def make_small_bucket(
-    params: Mapping[str, nn.Parameter], groups: list[ParamGroup], ranks: Ranks
-) -> SmallBucket:
-    """One bucket for the given small tensors, all of one dtype; the parameters stay in place."""
-    first = next(iter(params.values()))
-    sizes = [param.numel() for param in params.values()]
-    grad_buffer = first.data.new_zeros(sum(sizes))
-    members = []
-    for (name, param), grad in zip(params.items(), grad_buffer.split(sizes), strict=True):
-        members.append(Member(name, param, grad.view(param.shape)))
-        param.grad = members[-1].grad
-    used = [group for group in groups if any(name in params for name in group.names)]
-    return SmallBucket(members, ranks, grad_buffer, used)
-
-
-def _move(name: str, param: nn.Parameter, place: Tensor, grad: Tensor) -> Member:
-    """Make `place` the parameter's storage and `grad` its gradient."""
-    if place.data_ptr() != param.data_ptr():
-        place.copy_(param.data)
-        param.data = place
-    param.grad = grad
-    return Member(name, param, grad)
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return math.ceil(count / multiple) * multiple

@@ -1,14 +1,14 @@
 """Muon: momentum, orthogonalised. Pure functions on stacks of matrices of one shape.
 
-The update of one matrix G, in the July form (the February form leaves out steps 2 and 5):
+The update of one matrix G, in the July form (the February form leaves out steps 2 and 4):
 
 1. Nesterov momentum;
 2. row equilibration: every row gets the RMS row norm (arXiv 2603.28254);
 3. division by a little more than the Frobenius norm, then five Polar Express steps towards
    the nearest semi-orthogonal matrix (arXiv 2505.16932);
-4. NorMuon: a running second moment per index of the longer axis evens out its rows or
+4. the Frobenius norm is set to sqrt(min(m, n)), a semi-orthogonal matrix's (arXiv 2602.21545);
+5. NorMuon: a running second moment per index of the longer axis evens out its rows or
    columns without changing the norm of the whole (arXiv 2510.05491);
-5. (before 4) the Frobenius norm is set to sqrt(min(m, n)) (arXiv 2602.21545);
 6. cautious weight decay: only where the update already shrinks the weight.
 
 The recipe is nanochat's. Only step 3 is matrix products, and these run eagerly as fused
@@ -64,7 +64,7 @@ def muon_direction(
     form: MuonForm,
     polar_dtype: torch.dtype,
 ) -> Tensor:
-    """Steps 1-3a: the normalised direction that Polar Express starts from.
+    """Steps 1, 2 and the division of 3: the normalised direction that Polar Express starts from.
 
     Updates the momentum buffer in place. All norms are taken in fp32, so the bf16 form is
     rounded once.

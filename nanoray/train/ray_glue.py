@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -97,6 +98,7 @@ def fit(plan: PretrainPlan, lease: Lease, watch: Watcher) -> dict[str, Any]:
             if lease.lost:
                 raise LeaseLostError(f"run {plan.run} was taken over by another writer")
     _relay(board, watch)
+    storage.remove(_ray_storage(plan))
     verdict = ray.get(board.verdict.remote(), timeout=30)
     ray.kill(board)
     if "error" in verdict:
@@ -199,14 +201,17 @@ def _train_loop(config: dict[str, Any]) -> None:
         return worker_blocks(ray.train.get_dataset_shard("train"), stream, cursor)
 
     stop_watch = fleet.StopWatch(board) if world.is_first else None
-    attempt = world.gather(uuid.uuid4().hex[:8])[0]
+    post = lambda record: board.post.remote(dict(record))  # noqa: E731
+    processes = world.gather(f"{socket.gethostname()}:{os.getpid()}")
+    if world.is_first:
+        post({"workers": processes})
     hooks = Hooks(
-        post=lambda record: board.post.remote(dict(record)),
+        post=post,
         report=lambda record: ray.train.report({k: _plain(v) for k, v in record.items()}),
         stop_reason=stop_watch or (lambda: ""),
         guard=lambda: check_token(plan.run_dir, config["token"]),
         sinks=[fleet.gauge_sink("pretrain", plan.run)],
-        attempt=str(attempt),
+        attempt=str(processes[0]).rsplit(":", 1)[-1],
     )
     try:
         summary = run_worker(plan, world, open_blocks, hooks)
