@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jobs.data_progress import DownloadProgress, PlainProgress
+from jobs.data_progress import CountProgress, DownloadProgress
 from nanoray import storage
 from nanoray.config import UsageError, run_job
 from nanoray.config_data import BuildConfig, DownloadConfig, InspectConfig, RepackageConfig
@@ -91,20 +91,21 @@ def build(config: BuildConfig) -> int:
         return 0
     start = time.perf_counter()
     if config.source is None:
-        progress = PlainProgress("{:,} documents, {:,} bytes")
-        corpus = build_docstrings(
-            out_dir, config.max_bytes, config.seed, config.num_workers, progress
-        )
+        with CountProgress("{:,} documents, {:,} bytes") as progress:
+            corpus = build_docstrings(
+                out_dir, config.max_bytes, config.seed, config.num_workers, progress
+            )
     else:
-        corpus = build_from(
-            config.source,
-            out_dir,
-            config.text_column,
-            config.seed,
-            config.shard_chars,
-            config.on_bad_shard,
-            PlainProgress("{:,} of {:,} files"),
-        )
+        with CountProgress("{:,} of {:,} files") as progress:
+            corpus = build_from(
+                config.source,
+                out_dir,
+                config.text_column,
+                config.seed,
+                config.shard_chars,
+                config.on_bad_shard,
+                progress,
+            )
     print(f"built in {time.perf_counter() - start:.1f} s")
     _summary(corpus, out_dir)
     return 0
@@ -129,16 +130,17 @@ def repackage(config: RepackageConfig) -> int:
         return 0
     fleet.connect()
     start = time.perf_counter()
-    corpus = run(
-        source,
-        out_dir,
-        config.seed,
-        config.shard_chars,
-        config.row_group_size,
-        config.text_column,
-        config.on_bad_shard,
-        PlainProgress("{:,} of {:,} shards"),
-    )
+    with CountProgress("{:,} of {:,} shards") as progress:
+        corpus = run(
+            source,
+            out_dir,
+            config.seed,
+            config.shard_chars,
+            config.row_group_size,
+            config.text_column,
+            config.on_bad_shard,
+            progress,
+        )
     print(f"repackaged in {time.perf_counter() - start:.1f} s")
     _summary(corpus, out_dir)
     return 0

@@ -12,21 +12,31 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 LINE_EVERY_S = 5.0
 
 
-class PlainProgress:
-    """A line (rewritten on a terminal) with two numbers, every few seconds and at the end."""
+class CountProgress:
+    """Two counts in a sentence: beside a spinner on a terminal, else a line every few seconds."""
 
     def __init__(self, form: str) -> None:
         self._form = form
         self._console = Console(highlight=False)
+        self._status = self._console.status("reading") if self._console.is_terminal else None
         self._last = time.monotonic()
 
+    def __enter__(self) -> Self:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._status:
+            self._status.stop()
+
     def __call__(self, done: int, other: int) -> None:
-        now = time.monotonic()
-        if now - self._last < (0.2 if self._console.is_terminal else LINE_EVERY_S):
-            return
-        self._last = now
-        end = "\r" if self._console.is_terminal else "\n"
-        self._console.print(self._form.format(done, other), end=end)
+        text = self._form.format(done, other)
+        if self._status:
+            self._status.update(text)
+        elif time.monotonic() - self._last >= LINE_EVERY_S:
+            self._last = time.monotonic()
+            self._console.print(text)
 
 
 class DownloadProgress:

@@ -167,9 +167,9 @@ class CheckpointWriter:
 
     def _save(self, folder: str, snapshot: Snapshot) -> None:
         self._guard()
-        if self._rank == 0:
-            # A damaged checkpoint of this step must not count while its files are replaced.
-            storage.remove(storage.join(folder, "manifest.json"))
+        # An older checkpoint of this step must not count while its files are replaced. Every
+        # worker sees to it: the first to come replaces a file.
+        storage.remove(storage.join(folder, "manifest.json"))
         files: dict[str, dict[str, int]] = {}
         index: list[list[Any]] = []
         tensors: dict[str, Tensor] = {}

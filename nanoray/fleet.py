@@ -221,11 +221,11 @@ class Board:
     def post(self, record: dict[str, Any]) -> None:
         self._records.append(record)
 
-    def drain(self) -> list[dict[str, Any]]:
-        """The records since the last call."""
+    def drain(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The records since the last call, and the verdict (empty while there is none)."""
         records = list(self._records)
         self._records.clear()
-        return records
+        return records, self._verdict
 
     def stop(self, reason: str) -> None:
         self._stop = self._stop or reason
@@ -238,8 +238,8 @@ class Board:
         if "error" not in self._verdict:
             self._verdict = verdict
 
-    def verdict(self) -> dict[str, Any]:
-        return self._verdict
+    def failed(self) -> bool:
+        return "error" in self._verdict
 
 
 class StopWatch:

@@ -34,6 +34,10 @@ def texts_of(corpus: str) -> list[list[str]]:
     ]
 
 
+def flatten(shards: list[list[str]]) -> list[str]:
+    return [text for shard in shards for text in shard]
+
+
 def bytes_of(corpus: Path) -> list[bytes]:
     return [Path(uri).read_bytes() for uri in list_shards(str(corpus))]
 
@@ -58,7 +62,7 @@ def test_docstrings_of_a_file(tmp_path: Path) -> None:
     assert docstrings_of_file(str(path)) == [
         f"Module. {PROSE}",
         f"Class. {PROSE}",
-        f"Method. {PROSE}\n\n    indented",
+        f"Method. {PROSE}\n\nindented",
     ]
     for broken in (b"def (:\n", b'"""' + b"\xff" * 9 + b'"""', b'"""a"""\0', b"(" * 10_000):
         path.write_bytes(b'""" """\n' + broken)
@@ -104,11 +108,11 @@ def test_docstrings_smallest_package_first_and_deduplicated(
     corpus = build_docstrings(str(tmp_path / "all"), num_workers=1)
     assert (corpus.num_documents, corpus.skipped) == (24, {"duplicate": 10})
     assert corpus.num_shards == MIN_SHARDS
-    flat = sum(texts_of(str(tmp_path / "all")), [])
+    flat = flatten(texts_of(str(tmp_path / "all")))
     assert len(set(flat)) == len(flat) == 24
     cut = build_docstrings(str(tmp_path / "cut"), max_bytes=5 * len(PROSE), num_workers=1)
     assert cut.num_documents == 4
-    kept = sum(texts_of(str(tmp_path / "cut")), [])
+    kept = flatten(texts_of(str(tmp_path / "cut")))
     assert sorted(t.split()[0] for t in kept) == ["single:"] + ["small"] * 3
 
 
@@ -130,8 +134,8 @@ def test_from_jsonl(tmp_path: Path) -> None:
     corpus = build_from(source, str(tmp_path / "c"), shard_chars=1000)
     assert (corpus.num_documents, corpus.skipped) == (900, {"duplicate": 100})
     shards = texts_of(str(tmp_path / "c"))
-    assert sorted(sum(shards, [])) == sorted(f"document {i}" for i in range(900))
-    assert sum(shards, []) != [f"document {i}" for i in range(900)]
+    assert sorted(flatten(shards)) == sorted(f"document {i}" for i in range(900))
+    assert flatten(shards) != [f"document {i}" for i in range(900)]
     assert len(shards) == 11
     sizes = [sum(map(len, shard)) for shard in shards]
     assert max(sizes) <= 1.02 * min(sizes)
@@ -182,7 +186,7 @@ def test_gzip_whole_and_cut(tmp_path: Path) -> None:
 def test_from_parquet(tmp_path: Path) -> None:
     texts = [f"document {i}" for i in range(50)] + [None, "  "]
     pq.write_table(pa.table({"content": texts, "n": range(52)}), tmp_path / "a.parquet")
-    with pytest.raises(NanorayError, match="no column 'text'.*content, n"):
+    with pytest.raises(NanorayError, match=r"no column 'text'.*content, n"):
         build_from(str(tmp_path / "*.parquet"), str(tmp_path / "c"))
     with pytest.raises(NanorayError, match=r"a.parquet, row group 0, row 50: .*null"):
         build_from(str(tmp_path / "*.parquet"), str(tmp_path / "c"), text_column="content")
@@ -241,7 +245,7 @@ def test_refusals(tmp_path: Path) -> None:
     ]:
         with pytest.raises(NanorayError, match=message):
             build_from(str(tmp_path / source), target)
-    with pytest.raises(NanorayError, match="cannot be written|not writable"):
+    with pytest.raises(NanorayError, match=r"cannot be written|not writable"):
         build_from(str(tmp_path / "one.txt"), str(tmp_path / "x.csv" / "inside"))
     assert storage.list_names(target) == [".build.lock", "corpus.json"]
 
@@ -254,4 +258,4 @@ def test_shards_of_uneven_documents(tmp_path: Path) -> None:
     shards = texts_of(str(tmp_path / "c"))
     assert len(shards) == MIN_SHARDS
     assert all(shards)
-    assert Counter(sum(shards, [])) == Counter(row["text"] for row in rows)
+    assert Counter(flatten(shards)) == Counter(row["text"] for row in rows)

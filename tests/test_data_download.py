@@ -188,9 +188,11 @@ def test_corpus_validation_first_and_skips_what_is_there(tmp_path: Path, shard: 
 
 def test_corpus_keeps_what_arrived_when_a_shard_is_missing(tmp_path: Path, shard: bytes) -> None:
     names = wanted_shards(Published("tiny", "", 9), 3)
-    with FaultServer(dict.fromkeys(names[:-1], shard)) as server:
-        with pytest.raises(NanorayError, match=r"shard_00002.parquet answered 404"):
-            download_corpus(corpus_at(server), str(tmp_path), 3, 1, HURRIED)
+    with (
+        FaultServer(dict.fromkeys(names[:-1], shard)) as server,
+        pytest.raises(NanorayError, match=r"shard_00002.parquet answered 404"),
+    ):
+        download_corpus(corpus_at(server), str(tmp_path), 3, 1, HURRIED)
     assert len(list_shards(str(tmp_path))) == 3
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,19 +14,6 @@ from nanoray.data.writer import write_shard
 from nanoray.errors import NanorayError
 
 TEXTS = [f"document {i % 990} " + "word " * (i % 40) for i in range(1000)]
-
-
-@pytest.fixture(scope="module")
-def ray_local() -> Iterator[None]:
-    import ray
-
-    from nanoray import fleet
-
-    mine = not ray.is_initialized()
-    fleet.connect()
-    yield
-    if mine:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +35,7 @@ def bytes_of(corpus: Path) -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_shuffles_all_and_again_the_same(ray_local: None, source: Path, tmp_path: Path) -> None:
+def test_shuffles_all_and_again_the_same(ray_session: None, source: Path, tmp_path: Path) -> None:
     from nanoray.data.repackage import repackage
 
     seen: list[tuple[int, int]] = []
@@ -59,14 +46,14 @@ def test_shuffles_all_and_again_the_same(ray_local: None, source: Path, tmp_path
         row_group_size=64,
         progress=lambda done, total: seen.append((done, total)),
     )
-    assert corpus.num_shards == 4 or corpus.num_shards == 5
+    assert corpus.num_shards == 4
     assert corpus.num_documents == len(TEXTS)
     assert corpus.characters == sum(map(len, TEXTS))
     texts = texts_of(tmp_path / "a")
     assert Counter(texts) == Counter(TEXTS)
     # A shuffle: neighbours come from all over, and each shard has its share of every source.
     places = [TEXTS.index(text) for text in texts]
-    assert 200 < sum(abs(a - b) for a, b in zip(places, places[1:])) / len(places) < 450
+    assert 200 < sum(abs(a - b) for a, b in pairwise(places)) / len(places) < 450
     for uri in list_shards(str(tmp_path / "a")):
         meta = pq.read_metadata(uri)
         assert {meta.row_group(i).num_rows for i in range(meta.num_row_groups - 1)} == {64}
@@ -75,24 +62,23 @@ def test_shuffles_all_and_again_the_same(ray_local: None, source: Path, tmp_path
 
     repackage(str(source), str(tmp_path / "b"), shard_chars=30_000, row_group_size=64)
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
-    repackage(str(source), str(tmp_path / "c"), seed=7, shard_chars=30_000, row_group_size=64)
-    assert texts_of(tmp_path / "c") != texts
-    assert Counter(texts_of(tmp_path / "c")) == Counter(TEXTS)
 
 
 @pytest.mark.slow
-def test_bad_rows_are_named_through_ray_or_counted(ray_local: None, tmp_path: Path) -> None:
+def test_bad_rows_are_named_through_ray_or_counted(ray_session: None, tmp_path: Path) -> None:
     from nanoray.data.repackage import repackage
 
     folder = tmp_path / "source"
     write_shard(str(folder / "x.parquet"), ["a", "b", "  ", "c", "d"], row_group_size=2)
     with pytest.raises(NanorayError, match=r"x.parquet, row group 1, row 0: the text is empty"):
         repackage(str(folder), str(tmp_path / "a"))
-    with pytest.raises(NanorayError, match="no corpus|is not complete"):
+    with pytest.raises(NanorayError, match="no corpus"):
         list_shards(str(tmp_path / "a"))
-    corpus = repackage(str(folder), str(tmp_path / "a"), on_bad="skip")
+    corpus = repackage(str(folder), str(tmp_path / "a"), seed=7, on_bad="skip")
     assert (corpus.num_shards, corpus.skipped) == (2, {"empty": 1})
     assert sorted(texts_of(tmp_path / "a")) == ["a", "b", "c", "d"]
+    repackage(str(folder), str(tmp_path / "b"), seed=8, on_bad="skip")
+    assert bytes_of(tmp_path / "a") != bytes_of(tmp_path / "b")
 
 
 def test_refusals_before_ray(tmp_path: Path) -> None:

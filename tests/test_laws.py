@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -13,11 +14,15 @@ from nanoray.optim.groups import build_groups
 from nanoray.train.plan import model_config
 
 VOCAB = 32768
-CONFIG = PretrainConfig()
+
+
+@functools.cache
+def default_config() -> PretrainConfig:
+    return PretrainConfig.parse([], "test")
 
 
 def parameters(depth: int, vocab_size: int = VOCAB) -> int:
-    return model_config(CONFIG, depth, vocab_size).num_scaling_parameters()
+    return model_config(default_config(), depth, vocab_size).num_scaling_parameters()
 
 
 def expected_parameters(depth: int, vocab_size: int = VOCAB) -> int:
@@ -128,7 +133,7 @@ def test_learning_rates(depth: int) -> None:
 @pytest.mark.parametrize(("depth", "width"), [(1, 128), (3, 256), (4, 256), (12, 768), (25, 1664)])
 def test_width_is_rounded_up_to_whole_heads(depth: int, width: int) -> None:
     assert laws.model_width(depth, 64, 128) == width
-    model = model_config(CONFIG, depth, VOCAB)
+    model = model_config(default_config(), depth, VOCAB)
     assert (model.n_embd, model.n_head, model.head_dim) == (width, width // 128, 128)
 
 

@@ -97,7 +97,7 @@ def test_a_full_disk_is_explained() -> None:
         pytest.skip("needs /dev/full")
     log = MetricsLog(f"memory://bucket-{uuid.uuid4().hex[:8]}/metrics.jsonl", 0)
     log._file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
-    with pytest.raises(NanorayError, match="metrics cannot be written to .*No space left"):
+    with pytest.raises(NanorayError, match=r"metrics cannot be written to .*No space left"):
         log.log({"step": 1})
     with pytest.raises(NanorayError, match="metrics cannot be written"):
         log.close()

@@ -91,9 +91,15 @@ def test_staged(root: str) -> None:
         assert not storage.exists(target), "published at the end only"
     assert storage.read_bytes(target) == b"one"
     assert not os.path.exists(path)
-    with pytest.raises(KeyError), storage.staged(target) as path:
-        Path(path).write_bytes(b"two")
-        raise KeyError
+
+    def fail_midway() -> None:
+        nonlocal path
+        with storage.staged(target) as path:
+            Path(path).write_bytes(b"two")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_midway()
     assert storage.read_bytes(target) == b"one"
     assert not os.path.exists(path)
     assert storage.list_names(storage.join(root, "deep")) == ["big.bin"]
@@ -160,14 +166,14 @@ def test_check_writable(root: str) -> None:
 
 def test_an_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(NanorayError, match="is not writable .*set NANORAY_HOME"):
+    with pytest.raises(NanorayError, match=r"is not writable .*set NANORAY_HOME"):
         storage.check_writable(str(tmp_path / "file" / "runs"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
-    with pytest.raises(NanorayError, match="is not writable .*PermissionError"):
+    with pytest.raises(NanorayError, match=r"is not writable .*PermissionError"):
         storage.check_writable(str(tmp_path))
 
 

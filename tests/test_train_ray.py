@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_texts
 from pretrain_runs import hashes, losses, tiny_flags, tiny_plan, weights
 
 from nanoray.checkpoint import list_steps
+from nanoray.data.writer import write_shard
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease
 from nanoray.train import ray_glue
@@ -151,16 +153,21 @@ def test_a_killed_job_goes_on_when_it_is_run_again(
     assert "is finished" in output
 
 
-def test_a_mistake_found_by_a_worker_is_one_sentence(
-    home: Path, ray_session: None, corpus: str, tokenizer_dir: str
+def test_bad_data_found_by_a_packing_task_is_one_sentence(
+    home: Path, ray_session: None, tmp_path: Path, tokenizer_dir: str
 ) -> None:
-    plan = tiny_plan(
-        corpus, tokenizer_dir, "spike", spike_factor=1.0001, num_iterations=STEPS, matrix_lr=10.0
-    )
+    for i in range(3):
+        texts = make_texts(100, seed=i)
+        if i == 1:
+            texts[17] = " "
+        write_shard(str(tmp_path / "bad" / f"shard_{i:05d}.parquet"), texts)
+    plan = tiny_plan(str(tmp_path / "bad"), tokenizer_dir, "bad", num_workers="2")
+    starts = []
     began = time.monotonic()
-    with pytest.raises(NanorayError, match="the loss jumped"):
-        fit(plan, lambda _record: None)
-    assert time.monotonic() - began < 60, "and is not retried"
+    with pytest.raises(NanorayError, match=r"^shard .*shard_00001.parquet, row group 0, row 17"):
+        fit(plan, lambda record: starts.append(record) if "workers" in record else None)
+    assert time.monotonic() - began < 60
+    assert len(starts) <= 1, "no restart mends bad data"
 
 
 def test_another_configuration_is_refused_and_shown(

@@ -107,14 +107,15 @@ def building(corpus_dir: str, source: dict[str, Any]) -> Iterator[Corpus | None]
         if old is not None and old.complete and old.source == source:
             yield old
             return
-        shards = [n for n in storage.list_names(corpus_dir) if n.startswith("shard_")]
+        names = storage.list_names(corpus_dir)
+        shards = [name for name in names if name.startswith("shard_")]
         if (old is None and shards) or (old is not None and old.complete):
             what = "an equal name" if old is None else f"another source ({old.source})"
             raise NanorayError(
                 f"{corpus_dir} already holds a corpus of {what}; delete that folder or choose "
                 f"another --corpus"
             )
-        for name in shards:
+        for name in shards + [name for name in names if name.startswith(".shard_")]:
             storage.remove(storage.join(corpus_dir, name))
         _write_corpus(corpus_dir, Corpus(source, complete=False))
         yield None

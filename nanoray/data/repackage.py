@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -141,7 +142,7 @@ def _shuffle(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its progress; ours is `progress`
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised
     source = ray.data.from_items(items, override_num_blocks=len(items))
     dealt = source.map_batches(assign, batch_size=1, batch_format="numpy")
     parts = dealt.groupby("shard", num_partitions=num_shards + 1)
@@ -158,14 +159,10 @@ def _shuffle(
     return characters
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The user's mistake that a failed task carries, else the error itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, NanorayError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
+def _cause(error: ray.exceptions.RayError) -> Exception:
+    """The user's mistake that a failed task met, else the error itself. Ray hands on its text."""
+    found = re.search(r"^nanoray\.[\w.]*Error: (.+)$", str(error), re.MULTILINE)
+    return NanorayError(found[1]) if found else error
 
 
 def _check_written(out_dir: str, num_shards: int) -> None:

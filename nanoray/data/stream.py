@@ -7,7 +7,7 @@ horizon, because every new execution costs seconds. The tasks import no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ import ray.data
 
 from nanoray.data.blocks import Block, Cursor, unit_block
 from nanoray.data.plan import StreamPlan
+from nanoray.errors import NanorayError
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -37,6 +38,7 @@ def training_dataset(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # a NanorayError stays one
     indices = plan.unit_indices(cursor.unit)
 
     def pack(batch: dict[str, np.ndarray]) -> Block:
@@ -64,7 +66,17 @@ def worker_blocks(shard: Any, plan: StreamPlan, cursor: Cursor) -> Iterator[Bloc
         prefetch_batches=2 * plan.layout.stripes,
         drop_last=True,
     )
-    for block in batches:
+    for block in _own_errors(batches):
         at = Cursor(int(block["unit"][0]), int(block["row"][0]))
         assert (at.unit, at.row) >= (cursor.unit, cursor.row), "the stream began too early"
         yield block
+
+
+def _own_errors(batches: Iterable[Block]) -> Iterator[Block]:
+    """Raise what a packing task says of bad data as it said it, without Ray's wrapping."""
+    try:
+        yield from batches
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, NanorayError):
+            raise NanorayError(str(error.cause).splitlines()[0]) from error
+        raise

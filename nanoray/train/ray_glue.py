@@ -90,26 +90,25 @@ def fit(plan: PretrainPlan, lease: Lease, watch: Watcher) -> dict[str, Any]:
             outcome["error"] = error
 
     thread = threading.Thread(target=run, name="fit", daemon=True)
+    verdict: dict[str, Any] = {}
     with _stop_signals(board):
         thread.start()
-        while thread.is_alive():
+        while thread.is_alive() and "error" not in verdict:
             thread.join(timeout=0.25)
-            _relay(board, watch)
+            verdict = _relay(board, watch)
             if lease.lost:
                 raise LeaseLostError(f"run {plan.run} was taken over by another writer")
-    _relay(board, watch)
-    storage.remove(_ray_storage(plan))
-    verdict = ray.get(board.verdict.remote(), timeout=30)
-    ray.kill(board)
     if "error" in verdict:
+        # Ray Train may still be about to try again; its workers see the verdict and end.
         raise NanorayError(verdict["error"])
+    storage.remove(_ray_storage(plan))
+    ray.kill(board)
     if "error" in outcome:
         raise NanorayError(
             f"run {plan.run} failed: {_first_line(outcome['error'])}; the last checkpoint "
             f"stands, and the same command goes on from it"
         ) from outcome["error"]
-    summary: dict[str, Any] = verdict
-    return summary
+    return verdict
 
 
 def _first_line(error: BaseException) -> str:
@@ -117,9 +116,13 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
-def _relay(board: Any, watch: Watcher) -> None:
-    for record in ray.get(board.drain.remote(), timeout=30):
+def _relay(board: Any, watch: Watcher) -> dict[str, Any]:
+    """Hand on the new records; returns the verdict, empty while there is none."""
+    records, verdict = ray.get(board.drain.remote(), timeout=30)
+    for record in records:
         watch(record)
+    made: dict[str, Any] = verdict
+    return made
 
 
 @contextmanager
@@ -191,6 +194,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     """What Ray Train runs in every worker."""
     plan = PretrainPlan.from_dict(config["plan"])
     board = config["board"]
+    if ray.get(board.failed.remote(), timeout=30):
+        return  # a restart after a mistake that no restart mends
     context = ray.train.get_context()
     world = World(context.get_world_rank(), context.get_world_size(), pick_device())
     if world.device.type == "cpu":
@@ -216,10 +221,11 @@ def _train_loop(config: dict[str, Any]) -> None:
     try:
         summary = run_worker(plan, world, open_blocks, hooks)
         if world.is_first:
-            ray.get(board.conclude.remote(summary))
+            ray.get(board.conclude.remote(summary), timeout=30)
     except NanorayError as error:
-        # A user's mistake is not retried: say it, and end in order.
-        ray.get(board.conclude.remote({"error": str(error)}))
+        # Say it before this ends the group; the others may wait for this worker in a collective.
+        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
+        raise
     finally:
         if stop_watch:
             stop_watch.close()

@@ -1,0 +1,654 @@
+"""Checkpoints: whole or not there, whoever wrote them, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import (
+    STATES,
+    assert_content,
+    make_snapshot,
+    make_writers,
+    save_step,
+    whole_state,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanoray import checkpoint as checkpoint_module
+from nanoray import storage
+from nanoray.checkpoint import (
+    Checkpoint,
+    Snapshot,
+    delete_incomplete,
+    list_steps,
+    open_latest,
+    step_dir,
+)
+from nanoray.errors import NanorayError
+from nanoray.lease import LeaseLostError
+from nanoray.optim.buckets import StateShard
+
+
+def new_bucket() -> str:
+    return f"memory://bucket-{uuid.uuid4().hex[:8]}/checkpoints"
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "checkpoints") if request.param == "local" else new_bucket()
+
+
+@pytest.fixture
+def local_root(tmp_path: Path) -> str:
+    return str(tmp_path / "checkpoints")
+
+
+def no_warning(message: str) -> None:
+    raise AssertionError(message)
+
+
+def assert_latest(root: str, step: int | None, warn: Callable[[str], None] = no_warning) -> None:
+    """The latest checkpoint is that of a step (None: there is none), and right throughout."""
+    latest = open_latest(root, warn)
+    if step is None:
+        assert latest is None
+        return
+    assert latest is not None
+    with latest:
+        assert latest.step == step
+        assert_content(latest)
+
+
+def names(root: str, step: int) -> list[str]:
+    return storage.list_names(step_dir(root, step))
+
+
+def full_disk(*_args: object, **_options: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# --- what is written can be read, by any number of workers
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_round_trip(root: str, world_size: int) -> None:
+    assert_latest(root, None)
+    writers = make_writers(root, world_size)
+    save_step(writers, 500)
+    assert list_steps(root) == [500]
+    assert_latest(root, 500)
+    shards = [f"optimizer_{rank:05d}.safetensors" for rank in range(world_size)]
+    expected = ["manifest.json", "meta.json", "model.safetensors", *shards, "tokenizer.json"]
+    assert names(root, 500) == expected, "the notes of the workers are gone"
+    assert all(writer.last_save_s for writer in writers)
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> tuple[int, dict[int, list[int]]]:
+    """A number of ranks, and for each number of rows some cuts between the ranks."""
+    world_size = draw(st.integers(1, 3))
+    cuts = {}
+    for num_rows in {shape[0] for shape, _dtype in STATES.values() if shape}:
+        inner = st.lists(st.integers(0, num_rows), min_size=world_size - 1, max_size=world_size - 1)
+        cuts[num_rows] = [0, *sorted(draw(inner)), num_rows]
+    return world_size, cuts
+
+
+@settings(max_examples=15, deadline=None)
+@given(split=splits(), data=st.data())
+def test_any_rows_from_any_split(
+    split: tuple[int, dict[int, list[int]]], data: st.DataObject
+) -> None:
+    world_size, cuts = split
+    root = new_bucket()
+    save_step(make_writers(root, world_size), 1, cuts=lambda num_rows, _world: cuts[num_rows])
+    with Checkpoint(root, 1) as checkpoint:
+        assert_content(checkpoint)
+        for key in STATES:
+            state = whole_state(key, 1)
+            if state.dim() == 0:
+                continue
+            start = data.draw(st.integers(0, state.shape[0] - 1))
+            stop = data.draw(st.integers(start + 1, state.shape[0]))
+            assert torch.equal(checkpoint.optimizer_rows(*key, start, stop), state[start:stop])
+
+
+def test_rows_that_were_never_saved(local_root: str) -> None:
+    save_step(make_writers(local_root), 1)
+    with Checkpoint(local_root, 1) as checkpoint:
+        for key, start, stop in (
+            (("transformer.wte.weight", "exp_avg"), 0, 12),
+            (("transformer.wte.weight", "exp_avg"), 11, 13),
+            (("transformer.wte.weight", "momentum"), 0, 1),
+            (("other", "exp_avg"), 0, 1),
+        ):
+            with pytest.raises(NanorayError, match=f"lacks rows .*{key[0]}/{key[1]}"):
+                checkpoint.optimizer_rows(*key, start, stop)
+        with pytest.raises(NanorayError, match=r"has no file other\.json"):
+            checkpoint.file("other.json")
+
+
+def test_a_gap_and_an_overlap_between_shards(local_root: str) -> None:
+    rows = torch.arange(14.0).view(7, 2)
+    (writer,) = make_writers(local_root)
+    for step, cuts in ((1, [(0, 2), (4, 7)]), (2, [(0, 5), (3, 4), (2, 7)])):
+        shards = [StateShard("w", "exp_avg", i, j, 7, rows[i:j].clone()) for i, j in cuts]
+        writer.save(Snapshot(step, shards))
+        writer.wait()
+    with Checkpoint(local_root, 1) as checkpoint:
+        assert torch.equal(checkpoint.optimizer_rows("w", "exp_avg", 4, 6), rows[4:6])
+        with pytest.raises(NanorayError, match="lacks rows 2:7 of w/exp_avg"):
+            checkpoint.optimizer_rows("w", "exp_avg", 0, 7)
+    with Checkpoint(local_root, 2) as checkpoint:
+        assert torch.equal(checkpoint.optimizer_rows("w", "exp_avg", 0, 7), rows)
+        assert torch.equal(checkpoint.optimizer_rows("w", "exp_avg", 3, 6), rows[3:6])
+
+
+def test_saving_happens_in_the_background(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (writer,) = make_writers(local_root)
+    go_on = threading.Event()
+    crc32 = checkpoint_module._crc32
+    monkeypatch.setattr(checkpoint_module, "_crc32", lambda path: go_on.wait() and crc32(path))
+    writer.save(make_snapshot(1, 0, 1))
+    assert list_steps(local_root) == []
+    go_on.set()
+    writer.save(make_snapshot(2, 0, 1))  # waits for the one before
+    assert list_steps(local_root)[0] == 1
+    writer.wait()
+    assert list_steps(local_root) == [1, 2]
+
+
+# --- which checkpoints stay
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_keep(root: str, keep: int) -> None:
+    writers = make_writers(root, keep=keep)
+    for step in range(1, 6):
+        save_step(writers, step)
+        assert list_steps(root) == list(range(max(1, step - keep + 1), step + 1))
+    assert len(storage.list_names(root)) == keep
+
+
+def test_steps_are_ordered_as_numbers(local_root: str) -> None:
+    writers = make_writers(local_root, keep=3)
+    for step in (999_999, 1_000_000, 10_000_001):
+        save_step(writers, step)
+    assert list_steps(local_root) == [999_999, 1_000_000, 10_000_001]
+    assert_latest(local_root, 10_000_001)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_later_step_does_not_count(local_root: str, keep: int) -> None:
+    """The run fell back to step 10 and saves at 15: 15 must not be deleted in favour of 20."""
+    writers = make_writers(local_root, keep=2)
+    save_step(writers, 10)
+    save_step(writers, 20)
+    os.truncate(f"{local_root}/step_000020/model.safetensors", 100)
+    save_step(make_writers(local_root, keep=keep, attempt="b"), 15)
+    assert list_steps(local_root) == [10, 15][-keep:]
+    assert_latest(local_root, 15)
+
+
+def test_an_old_one_that_cannot_be_deleted_does_not_harm_the_new_one(
+    local_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers = make_writers(local_root, keep=1)
+    save_step(writers, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "delete", full_disk)
+        save_step(writers, 2)
+    assert list_steps(local_root) == [1, 2]
+    assert_latest(local_root, 2)
+    save_step(writers, 3)
+    assert list_steps(local_root) == [3]
+
+
+def test_incomplete_folders(root: str) -> None:
+    save_step(make_writers(root), 1)
+    for step in (2, 3):
+        storage.write_bytes(storage.join(step_dir(root, step), "model.safetensors"), b"half")
+    storage.write_bytes(storage.join(root, "notes.txt"), b"mine")
+    assert list_steps(root) == [1]
+    assert_latest(root, 1)
+    with pytest.raises(NanorayError, match="step_000002 is not a complete checkpoint"):
+        Checkpoint(root, 2)
+    delete_incomplete(root)
+    assert storage.list_names(root) == ["notes.txt", "step_000001"]
+    assert_latest(root, 1)
+
+
+def test_a_half_deleted_checkpoint_does_not_count(
+    local_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_step(make_writers(local_root), 1)
+    save_step(make_writers(local_root), 2)
+    remove = storage.remove
+
+    def killed(uri: str) -> None:
+        if uri.endswith("step_000002"):
+            raise KeyboardInterrupt
+        remove(uri)
+
+    monkeypatch.setattr(storage, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint_module.delete(local_root, 2)
+    assert_latest(local_root, 1)
+
+
+# --- saving a step again
+
+
+def test_the_same_step_again(root: str) -> None:
+    save_step(make_writers(root, world_size=3), 1)
+    save_step(make_writers(root, world_size=3), 2)
+    save_step(make_writers(root, world_size=1, attempt="b"), 2, version=5)
+    assert "optimizer_00001.safetensors" not in names(root, 2)
+    with Checkpoint(root, 2) as checkpoint:
+        assert_content(checkpoint)
+        assert checkpoint.meta["version"] == 5
+
+
+def test_a_step_does_not_count_while_it_is_replaced(
+    local_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_step(make_writers(local_root, 2), 1)
+    save_step(make_writers(local_root, 2), 2)
+    staged = storage.staged
+    seen = []
+
+    def watched(uri: str) -> object:
+        seen.append(list_steps(local_root))
+        return staged(uri)
+
+    monkeypatch.setattr(storage, "staged", watched)
+    save_step(make_writers(local_root, 2, attempt="b"), 2, version=1)
+    assert seen == [[1]] * 3
+    assert_latest(local_root, 2)
+
+
+# --- damage
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two_steps") / "checkpoints"
+    writers = make_writers(str(folder), world_size=2)
+    save_step(writers, 1)
+    save_step(writers, 2)
+    return folder
+
+
+def change_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    place = data.index(b"1") if path.suffix == ".json" and b"1" in data else len(data) // 2
+    data[place] ^= 1 if path.suffix != ".json" else ord("1") ^ ord("3")
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "emptied": lambda path: os.truncate(path, 0),
+    "changed": change_byte,
+    "missing": os.unlink,
+}
+FILES = [
+    "model.safetensors",
+    "optimizer_00000.safetensors",
+    "optimizer_00001.safetensors",
+    "meta.json",
+    "tokenizer.json",
+    "manifest.json",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_damage(two_steps: Path, local_root: str, name: str, damage: str) -> None:
+    shutil.copytree(two_steps, local_root)
+    path = Path(step_dir(local_root, 2)) / name
+    DAMAGES[damage](path)
+    with (
+        pytest.raises(NanorayError, match=r"step_000002.* damaged"),
+        Checkpoint(local_root, 2) as checkpoint,
+    ):
+        checkpoint.verify()
+    warnings: list[str] = []
+    assert_latest(local_root, 1, warnings.append)
+    if name == "manifest.json" and damage == "missing":
+        assert warnings == [], "it was never complete, as far as one can tell"
+    else:
+        assert len(warnings) == 1
+        assert str(path.parent) in warnings[0]
+        assert name in warnings[0]
+
+
+def test_every_byte_of_the_manifest_counts(two_steps: Path, local_root: str) -> None:
+    """No changed character makes other rows, files or sums of it."""
+    shutil.copytree(two_steps, local_root)
+    path = Path(step_dir(local_root, 2)) / "manifest.json"
+    data = path.read_bytes()
+    rng = random.Random(0)
+    for place in rng.sample(range(len(data)), 100):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(NanorayError, match=r"manifest\.json is missing or damaged"):
+            Checkpoint(local_root, 2)
+
+
+def test_nothing_intact(two_steps: Path, local_root: str) -> None:
+    """A run must not begin anew, and delete what could be mended, without being told to."""
+    shutil.copytree(two_steps, local_root)
+    for step, name in ((1, "meta.json"), (2, "manifest.json")):
+        change_byte(Path(step_dir(local_root, step)) / name)
+    warnings: list[str] = []
+    with pytest.raises(NanorayError, match=r"none of the checkpoints .*\(steps 1, 2\)"):
+        open_latest(local_root, warnings.append)
+    assert len(warnings) == 2
+
+
+def test_a_file_swapped_between_steps(two_steps: Path, local_root: str) -> None:
+    shutil.copytree(two_steps, local_root)
+    one, two = (Path(step_dir(local_root, step)) / FILES[1] for step in (1, 2))
+    shutil.copy(one, two)
+    warnings: list[str] = []
+    assert_latest(local_root, 1, warnings.append)
+    assert FILES[1] in warnings[0]
+
+
+# --- failures while saving
+
+
+def assert_save_fails(root: str, step: int, match: str) -> None:
+    with pytest.raises(NanorayError, match=match) as error:
+        save_step(make_writers(root), step)
+    assert "\n" not in str(error.value)
+    assert "the checkpoint before it is intact" in str(error.value)
+
+
+@pytest.mark.parametrize("broken", ["write_text", "write_bytes", "staged"])
+def test_a_failing_write(root: str, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    save_step(make_writers(root), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, broken, full_disk)
+        assert_save_fails(root, 2, "step 2 could not be saved to .*No space left on device")
+    assert storage.list_names(root) == ["step_000001"], "no debris"
+    assert_latest(root, 1)
+    save_step(make_writers(root), 2)
+    assert_latest(root, 2)
+
+
+def test_the_error_comes_with_the_next_save(
+    local_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (writer,) = make_writers(local_root)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "staged", full_disk)
+        writer.save(make_snapshot(1, 0, 1))
+        with pytest.raises(NanorayError, match="step 1 could not be saved"):
+            writer.save(make_snapshot(2, 0, 1))
+    writer.wait()  # told once
+    assert writer.last_save_s is None
+    writer.save(make_snapshot(2, 0, 1))
+    writer.wait()
+    assert_latest(local_root, 2)
+
+
+def test_cleaning_up_may_fail_too(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_step(make_writers(local_root), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "staged", full_disk)
+        patch.setattr(storage, "exists", full_disk)
+        assert_save_fails(local_root, 2, "No space left")
+    assert_latest(local_root, 1)
+
+
+def test_a_failure_keeps_what_another_start_has_published(
+    local_root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker left over from a killed start gives up waiting; the new start has saved."""
+    monkeypatch.setattr(checkpoint_module, "PART_DEADLINE_S", 1.0)
+    left_over = make_writers(local_root, world_size=2, attempt="old")[0]
+    left_over.save(make_snapshot(1, 0, 2))
+    while "tokenizer.json" not in names(local_root, 1):
+        time.sleep(0.01)
+    save_step(make_writers(local_root, attempt="new"), 1, version=1)
+    with pytest.raises(NanorayError, match="worker 1 wrote no part"):
+        left_over.wait()
+    assert_latest(local_root, 1)
+
+
+def test_errors_of_a_store_s_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    class EndpointConnectionError(Exception):
+        pass
+
+    def down(*_args: object) -> None:
+        raise EndpointConnectionError("could not connect")
+
+    monkeypatch.setattr(storage, "write_bytes", down)
+    assert_save_fails(new_bucket(), 1, "could not connect")
+
+
+def test_a_bug_keeps_its_class(local_root: str) -> None:
+    (writer,) = make_writers(local_root)
+    writer.save(Snapshot(step=1, optimizer=[], meta={"not JSON": object()}))
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        writer.wait()
+    assert list_steps(local_root) == []
+
+
+def test_a_lost_lease_writes_nothing(local_root: str) -> None:
+    save_step(make_writers(local_root), 1)
+
+    def lost() -> None:
+        raise LeaseLostError("lost")
+
+    with pytest.raises(LeaseLostError):
+        save_step(make_writers(local_root, guard=lost), 2)
+    assert storage.list_names(local_root) == ["step_000001"]
+    with pytest.raises(LeaseLostError):  # not even over a step that is there
+        save_step(make_writers(local_root, guard=lost), 1, version=1)
+    assert_latest(local_root, 1)
+
+
+def test_a_lease_lost_while_saving_publishes_nothing(local_root: str) -> None:
+    save_step(make_writers(local_root), 1)
+    calls = []
+
+    def lost_later() -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise LeaseLostError("lost")
+
+    with pytest.raises(LeaseLostError):
+        save_step(make_writers(local_root, guard=lost_later), 2)
+    assert list_steps(local_root) == [1]
+
+
+@pytest.mark.parametrize("other_attempt", [False, True])
+def test_a_worker_that_never_writes_its_part(
+    local_root: str, monkeypatch: pytest.MonkeyPatch, other_attempt: bool
+) -> None:
+    monkeypatch.setattr(checkpoint_module, "PART_DEADLINE_S", 0.2)
+    save_step(make_writers(local_root, world_size=2), 1)
+    first = make_writers(local_root, world_size=2)[0]
+    if other_attempt:  # the note of a killed start is none of ours
+        old = make_writers(local_root, world_size=2, attempt="old")[1]
+        old.save(make_snapshot(2, 1, 2))
+        old.wait()
+    first.save(make_snapshot(2, 0, 2))
+    with pytest.raises(NanorayError, match=r"step 2 .*worker 1 wrote no part within 0 s"):
+        first.wait()
+    assert storage.list_names(local_root) == ["step_000001"]
+    assert_latest(local_root, 1)
+
+
+# --- for real: disks that are full, processes that are killed
+
+
+class Forker:
+    """A process that has torch imported, and runs code in children of its own."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("checkpoints.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert self.read() == "ready"
+
+    def read(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def read_until(self, beginning: str) -> str:
+        while not (line := self.read()).startswith(beginning):
+            assert self.process.poll() is None, "the process ended"
+        return line
+
+    def start(self, code: str) -> int:
+        """Begin to run one line of code in a child; returns its pid."""
+        assert self.process.stdin
+        print(code, file=self.process.stdin, flush=True)
+        return int(self.read_until("pid").split()[1])
+
+
+@pytest.fixture(scope="module")
+def forker() -> Iterator[Forker]:
+    forker = Forker()
+    yield forker
+    forker.process.kill()
+    forker.process.communicate()
+
+
+def test_files_that_do_not_fit(local_root: str, forker: Forker) -> None:
+    """The kernel refuses bytes beyond a limit (EFBIG)."""
+    save_step(make_writers(local_root), 1)
+    lines = [
+        "import resource, signal",
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)",
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))",
+        f"writer = make_writers({local_root!r})[0]",
+        "writer.save(make_snapshot(2, 0, 1))",
+        "try: writer.wait()",
+        "except BaseException as error: print('error', type(error).__name__, error)",
+    ]
+    forker.start(f"exec({chr(10).join(lines)!r})")
+    error = forker.read_until("error")
+    assert error.startswith("error NanorayError checkpoint of step 2 could not be saved")
+    assert "File too large" in error
+    forker.read_until("end")
+    assert storage.list_names(local_root) == ["step_000001"]
+    assert_latest(local_root, 1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("may not mount a small disk here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    """1 MB, of which a checkpoint takes 360 KB: the third does not fit."""
+    root = str(small_disk / "checkpoints")
+    writers = make_writers(root, world_size=2, keep=3)
+    save_step(writers, 1)
+    save_step(writers, 2)
+    with pytest.raises(NanorayError, match=r"step 3 could not .*No space left.*before it is int"):
+        save_step(writers, 3)
+    assert sorted(os.listdir(root)) == ["step_000001", "step_000002"]
+    assert_latest(root, 2)
+    checkpoint_module.delete(root, 1)
+    save_step(writers, 3)
+    assert_latest(root, 3)
+
+
+def test_a_disk_that_fills_up_at_every_moment(small_disk: Path) -> None:
+    """Whatever write is the one that fails, the checkpoint before stands, and no debris."""
+    root = str(small_disk / "checkpoints")
+    save_step(make_writers(root), 1)
+    filler = small_disk / "filler"
+    outcomes = set()
+    for free_pages in range(0, 110, 6):
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        filler.write_bytes(bytes(max(0, free - free_pages * 4096)))
+        try:
+            save_step(make_writers(root, keep=3), 2)
+            outcomes.add("saved")
+            assert_latest(root, 2)
+            checkpoint_module.delete(root, 2)
+        except NanorayError as error:
+            assert "No space left" in str(error)  # noqa: PT017
+            outcomes.add("failed")
+        assert os.listdir(root) == ["step_000001"]
+        assert_latest(root, 1)
+        filler.unlink()
+    assert outcomes == {"saved", "failed"}
+
+
+def kill_while_saving(forker: Forker, root: str, kills: int) -> None:
+    """After every kill the latest checkpoint is complete, right, and a start goes on from it."""
+    rng = random.Random(kills)
+    last = 0
+    for _ in range(kills):
+        pid = forker.start(f"save_for_ever({root!r}, {last + 1})")
+        forker.read_until("saved")
+        time.sleep(rng.uniform(0, 0.25))
+        os.kill(pid, signal.SIGKILL)
+        forker.read_until("end")
+        latest = open_latest(root, no_warning)
+        assert latest is not None
+        with latest:
+            assert latest.step > last
+            last = latest.step
+            assert_content(latest)
+        assert len(list_steps(root)) <= 3
+        delete_incomplete(root)
+        assert all(names(root, step)[0] == "manifest.json" for step in list_steps(root))
+        assert len(storage.list_names(root)) == len(list_steps(root))
+
+
+@pytest.mark.slow
+def test_three_kills_while_saving(local_root: str, forker: Forker) -> None:
+    kill_while_saving(forker, local_root, 3)
+
+
+@pytest.mark.soak
+def test_twenty_kills_while_saving(local_root: str, forker: Forker) -> None:
+    kill_while_saving(forker, local_root, 20)
+
+
+def test_the_manifest_is_plain(two_steps: Path) -> None:
+    """What other tools may rely on: JSON with sizes, sums and the index of rows."""
+    manifest = json.loads((two_steps / "step_000002" / "manifest.json").read_text())
+    assert manifest["version"] == 1
+    assert manifest["step"] == 2
+    for name, entry in manifest["files"].items():
+        assert (two_steps / "step_000002" / name).stat().st_size == entry["bytes"]
+    rows: Sequence[object] = manifest["optimizer"]
+    assert ["transformer.wte.weight", "exp_avg", 6, 11, 11] in [row[:5] for row in rows]  # type: ignore[index]
