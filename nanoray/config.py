@@ -8,6 +8,7 @@ recipe; `resolve` turns it into a number.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -109,6 +110,7 @@ class JobConfig(BaseSettings):
 
 def check_environment(environ: Mapping[str, str] | None = None) -> None:
     """Refuse ``NANORAY_…`` variables that no job knows: a typo must not pass silently."""
+    importlib.import_module("nanoray.config_data")  # registers the other jobs' fields
     known = set(RESERVED_ENV)
     for config in JobConfig.registry:
         known |= {ENV_PREFIX + name.upper() for name in config.model_fields}

@@ -21,7 +21,8 @@ from nanoray.data.packing import (
     permutation,
     tokenize_and_pack,
 )
-from nanoray.data.units import RowGroup, Unit, epoch_order, list_units, pack_unit, unit_at
+from nanoray.data.shards import RowGroup
+from nanoray.data.units import Unit, epoch_order, list_units, pack_unit, unit_at
 from nanoray.errors import NanorayError
 from nanoray.tokenizer import ByteTokenizer, train_tokenizer
 

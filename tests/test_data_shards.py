@@ -22,6 +22,7 @@ from nanoray.data.corpus import building, finish_corpus, read_corpus
 from nanoray.data.report import histogram, inspect_shard, render
 from nanoray.data.shards import (
     BadShardError,
+    RowGroup,
     bad_rows,
     corpus_fingerprint,
     list_shards,
@@ -29,7 +30,6 @@ from nanoray.data.shards import (
     row_groups,
     split_shards,
 )
-from nanoray.data.units import RowGroup
 from nanoray.data.writer import ShardWriter, write_shard
 from nanoray.errors import NanorayError
 

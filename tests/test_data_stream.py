@@ -28,7 +28,7 @@ def consume(shard: Any, plan: StreamPlan, cursor: Cursor, rank: int, size: int) 
     """Batch hashes of one worker's shares, read at an uneven pace."""
     hashes = []
     rng = random.Random(rank)
-    for rows in step_rows(worker_blocks(shard, plan, cursor), plan, rank, size):
+    for rows in step_rows(worker_blocks(shard, plan, cursor, rank, size), plan, rank, size):
         hashes.append(rows.hash())
         time.sleep(rng.random() * 0.002)
     return hashes

@@ -5,17 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from nanoray.data.packing import PackedUnit
-from nanoray.data.shards import read_row_group
-from nanoray.data.units import RowGroup, Unit, list_units, pack_unit, unit_at
+from nanoray.data.shards import OnBad, RowGroup, read_row_group
+from nanoray.data.units import Unit, list_units, pack_unit, unit_at
 from nanoray.errors import NanorayError
 from nanoray.tokenizer import Tokenizer
-
-OnBad = Literal["fail", "skip"]
 
 # Ray Data costs some 40 ms a block, so a block holds rows for several steps.
 BLOCK_TOKENS = 2**16

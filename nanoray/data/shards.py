@@ -14,6 +14,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
@@ -21,7 +22,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from nanoray import storage
-from nanoray.data.units import RowGroup
 from nanoray.errors import NanorayError
 
 OnBad = Literal["fail", "skip"]
@@ -31,6 +31,19 @@ FOOTER_THREADS = 16
 # A footer of a shard is some kilobytes; one read of the tail nearly always holds all of it.
 _TAIL_BYTES = 64 * 1024
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group of one shard, as its footer describes it."""
+
+    shard: str
+    """URI of the parquet file."""
+    row_group: int
+    """Index within the shard."""
+    num_rows: int
+    num_bytes: int
+    """Uncompressed bytes."""
 
 
 class BadShardError(NanorayError):

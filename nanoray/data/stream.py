@@ -58,17 +58,33 @@ def training_dataset(
     return packed.repartition(target_num_rows_per_block=plan.layout.rows_per_block, strict=True)
 
 
-def worker_blocks(shard: Any, plan: StreamPlan, cursor: Cursor) -> Iterator[Block]:
-    """The blocks of this worker's shard (a `ray.data.DataIterator`), as numpy."""
+def worker_blocks(
+    shard: Any, plan: StreamPlan, cursor: Cursor, rank: int, world_size: int
+) -> Iterator[Block]:
+    """The blocks of this worker's shard (a `ray.data.DataIterator`), as numpy.
+
+    Raises:
+        NanorayError: what a packing task says of bad data.
+    """
+    size = plan.layout.rows_per_block
     batches = shard.iter_batches(
-        batch_size=plan.layout.rows_per_block,
+        batch_size=size,
         batch_format="numpy",
         prefetch_batches=2 * plan.layout.stripes,
         drop_last=True,
     )
+    expected = (cursor.unit, cursor.row + rank * size)
     for block in _own_errors(batches):
-        at = Cursor(int(block["unit"][0]), int(block["row"][0]))
-        assert (at.unit, at.row) >= (cursor.unit, cursor.row), "the stream began too early"
+        unit, row = int(block["unit"][0]), int(block["row"][0])
+        # Within a unit it is known which row comes next: Ray must not have dealt otherwise.
+        assert unit > expected[0] or (unit, row) == expected, (
+            f"worker {rank} of {world_size} got row {row} of unit {unit}, not {expected}"
+        )
+        expected = (unit, row + world_size * size)
+        # A block may end in a later unit than it begins in.
+        if block["unit"][-1] != unit:
+            tail = int(block["row"][-1]) + 1 + (world_size - 1) * size
+            expected = (int(block["unit"][-1]), tail)
         yield block
 
 

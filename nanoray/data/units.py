@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nanoray.data.packing import PackedUnit, permutation, tokenize_and_pack
+from nanoray.data.shards import OnBad, RowGroup, read_row_group
 
 if TYPE_CHECKING:
     from nanoray.tokenizer import Tokenizer
@@ -23,19 +24,6 @@ if TYPE_CHECKING:
 # nothing, fine enough that many tasks share a small corpus and that memory stays small.
 TARGET_DOCUMENTS = 4096
 TARGET_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """One row group of one shard, as its footer describes it."""
-
-    shard: str
-    """URI of the parquet file."""
-    row_group: int
-    """Index within the shard."""
-    num_rows: int
-    num_bytes: int
-    """Uncompressed bytes."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +79,12 @@ def unit_at(units: Sequence[Unit], index: int, seed: int) -> Unit:
     return replace(units[epoch_order(len(units), seed, epoch)[position]], epoch=epoch)
 
 
-def pack_unit(
-    unit: Unit, tokenizer: Tokenizer, T: int, seed: int, on_bad: Literal["fail", "skip"]
-) -> PackedUnit:
+def pack_unit(unit: Unit, tokenizer: Tokenizer, T: int, seed: int, on_bad: OnBad) -> PackedUnit:
     """Read, tokenize and pack one unit: rows [n, T+1], a function of these arguments alone.
 
     Raises:
         NanorayError: a document is unusable and ``on_bad`` is "fail"; names shard and row group.
     """
-    # shards.py describes files with this module's RowGroup.
-    from nanoray.data.shards import read_row_group
-
     texts: list[str] = []
     skipped = 0
     for shard, row_group in unit.row_groups:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 BLOCK_ROWS = 128  # query rows per block on a CPU (tuned on a 2-core EPYC, T 512, head_dim 64)
-MAX_BLOCKS = 8  # longer inputs get larger blocks: each block is unrolled into the compiled code
+MAX_BLOCKS = 4  # of a causal triangle: each is unrolled into the compiled code
 
 
 def attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
@@ -42,31 +42,70 @@ def attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Te
 
 
 def blocked_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
-    """Query blocks against the keys up to the block and inside the window, by plain matmuls.
+    """Query blocks against only the keys that they can see, by plain matmuls.
 
-    Half of a causal score matrix is never computed, and of a windowed one most of it. The sum
-    of the weights divides the output rather than the weights, as FlashAttention does (arXiv
-    2205.14135): autograd then needs no row reduction over the scores' gradient.
+    Half of a causal score matrix is never computed, and of a windowed one most of it. Two
+    forms: `_band` where the window is short, `_triangle` where it is not.
     """
     B, T, H, D = q_BTHD.shape
     K = k_BTKD.size(2)
-    G = H // K
-    q_BKGTD = (q_BTHD * D**-0.5).view(B, T, K, G, D).permute(0, 2, 3, 1, 4)
-    k_BKDT = k_BTKD.permute(0, 2, 3, 1)
-    v_BKTD = v_BTKD.transpose(1, 2)
+    q_BKGTD = (q_BTHD * D**-0.5).view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4)
+    k_BKTD, v_BKTD = k_BTKD.transpose(1, 2), v_BTKD.transpose(1, 2)
+    form = _band if 2 * window <= T else _triangle
+    return form(q_BKGTD, k_BKTD, v_BKTD, window).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def _band(q_BKGTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int) -> Tensor:
+    """All blocks at once, each against itself and the blocks before it that the window reaches."""
+    B, K, G, T, D = q_BKGTD.shape
+    rows = BLOCK_ROWS * max(1, -(-window // (2 * BLOCK_ROWS)))
+    before = -(-window // rows)
+    blocks = -(-T // rows)
+    end = blocks * rows - T
+    q_BKGNRD = F.pad(q_BKGTD, (0, 0, 0, end)).view(B, K, G, blocks, rows, D)
+    q_BKNSD = q_BKGNRD.transpose(2, 3).reshape(B, K, blocks, G * rows, D)
+
+    def spans(x_BKTD: Tensor) -> Tensor:
+        x_BKNRD = F.pad(x_BKTD, (0, 0, before * rows, end)).view(B, K, -1, rows, D)
+        return torch.cat([x_BKNRD[:, :, i : i + blocks] for i in range(before + 1)], dim=3)
+
+    scores = q_BKNSD @ spans(k_BKTD).transpose(-2, -1)
+    mask = visible(before * rows, (before + 1) * rows, 0, window, scores.device)
+    # The first blocks have padding before them; block n sees the keys from before - n on.
+    block = torch.arange(blocks, device=scores.device).view(-1, 1, 1, 1)
+    key = torch.arange((before + 1) * rows, device=scores.device)
+    mask = mask & (key >= (before - block) * rows)
+    out_BKNSD = _weighted(scores, mask, spans(v_BKTD), G)
+    out_BKGNRD = out_BKNSD.view(B, K, blocks, G, rows, D).transpose(2, 3)
+    return out_BKGNRD.reshape(B, K, G, blocks * rows, D)[:, :, :, :T]
+
+
+def _triangle(q_BKGTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int) -> Tensor:
+    """Block by block, each against the keys up to its end and inside the window."""
+    B, K, G, T, D = q_BKGTD.shape
     rows = BLOCK_ROWS * -(-T // (BLOCK_ROWS * MAX_BLOCKS))
     outs = []
     for start in range(0, T, rows):
         stop, first = min(start + rows, T), max(0, start - window)
-        q_BKRD = q_BKGTD[:, :, :, start:stop].reshape(B, K, -1, D)
-        scores = (q_BKRD @ k_BKDT[..., first:stop]).view(B, K, G, stop - start, stop - first)
-        mask = visible(start, stop, first, window, q_BTHD.device)
-        weights = torch.where(mask, scores.float().exp(), 0.0)
-        v_BKSD = v_BKTD[:, :, first:stop]
-        out_BKRD = weights.to(v_BKSD.dtype).view(B, K, -1, stop - first) @ v_BKSD
-        out_BKGRD = out_BKRD.view(B, K, G, -1, D).float() / weights.sum(-1, keepdim=True)
-        outs.append(out_BKGRD.to(q_BTHD.dtype))
-    return torch.cat(outs, dim=3).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+        q_BKSD = q_BKGTD[:, :, :, start:stop].reshape(B, K, -1, D)
+        scores = q_BKSD @ k_BKTD[:, :, first:stop].transpose(-2, -1)
+        mask = visible(start, stop, first, window, scores.device)
+        out_BKSD = _weighted(scores, mask, v_BKTD[:, :, first:stop], G)
+        outs.append(out_BKSD.view(B, K, G, stop - start, D))
+    return torch.cat(outs, dim=3)
+
+
+def _weighted(scores: Tensor, mask: Tensor, values: Tensor, num_groups: int) -> Tensor:
+    """softmax(masked scores) @ values, for scores [..., groups * rows, keys].
+
+    The sum of the weights divides the output rather than the weights, as FlashAttention does
+    (arXiv 2205.14135): autograd then needs no row reduction over the scores' gradient.
+    """
+    *batch, rows, keys = scores.shape
+    grouped = scores.view(*batch, num_groups, rows // num_groups, keys)
+    weights = torch.where(mask, grouped.float().exp(), 0.0).view(scores.shape)
+    out = weights.to(values.dtype) @ values
+    return (out.float() / weights.sum(-1, keepdim=True)).to(values.dtype)
 
 
 def visible(start: int, stop: int, first: int, window: int, device: torch.device) -> Tensor:

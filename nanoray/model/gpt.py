@@ -250,14 +250,15 @@ class GPT(nn.Module):
         """Hidden states [B, T, D] after the final norm, in the compute dtype: the head's input."""
         parts = parts or EAGER
         T = idx_BT.size(1)
-        if T > self.config.rotary_len:
+        if self.config.rotary_len < T:
             raise NanorayError(
                 f"the input has {T} tokens, but this model reads at most {self.config.rotary_len} "
                 "(its rotary length): crop the input."
             )
         cos_T1d, sin_T1d = self.cos[:T], self.sin[:T]
         x_BTD = parts.embed(self, self.transformer["wte"](idx_BT).to(self.compute_dtype))
-        x0_BTD = middle_BTD = x_BTD
+        # A tensor of its own, or the first block's equal arguments would compile a second time.
+        x0_BTD = middle_BTD = x_BTD.view_as(x_BTD)
         lambdas = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind())
         for layer, (block, (resid, x0)) in enumerate(zip(self.transformer["h"], lambdas)):
             ve_BTC = self.value_embedding(layer, idx_BT)

@@ -9,8 +9,7 @@ from typing import Any
 from nanoray import laws, storage
 from nanoray.config import PretrainConfig, parse_worker_range
 from nanoray.data.plan import Layout, StreamPlan, layout, plan_stream
-from nanoray.data.shards import corpus_fingerprint, list_shards, row_groups, split_shards
-from nanoray.data.units import RowGroup
+from nanoray.data.shards import RowGroup, corpus_fingerprint, list_shards, row_groups, split_shards
 from nanoray.errors import NanorayError
 from nanoray.model.config import GPTConfig
 from nanoray.tokenizer import Tokenizer, load_tokenizer

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -172,7 +173,10 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
             ),
         ),
         datasets={"train": dataset},
-        dataset_config=DataConfig(datasets_to_split=["train"]),
+        # These take the place of the dataset's own options: order must be asked for here, too.
+        dataset_config=DataConfig(
+            datasets_to_split=["train"], execution_options=ExecutionOptions(preserve_order=True)
+        ),
     )
 
 
@@ -203,7 +207,8 @@ def _train_loop(config: dict[str, Any]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
 
     def open_blocks(stream: StreamPlan, _tokenizer: Tokenizer, cursor: Cursor) -> Iterator[Block]:
-        return worker_blocks(ray.train.get_dataset_shard("train"), stream, cursor)
+        shard = ray.train.get_dataset_shard("train")
+        return worker_blocks(shard, stream, cursor, world.rank, world.size)
 
     stop_watch = fleet.StopWatch(board) if world.is_first else None
     post = lambda record: board.post.remote(dict(record))  # noqa: E731
