@@ -162,7 +162,11 @@ def work(args: argparse.Namespace) -> None:
             seconds, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
         if profiled:
             averages = prof.key_averages(group_by_input_shape=True)
-            print(averages.table(sort_by="self_cpu_time_total", row_limit=45, max_name_column_width=60))
+            print(
+                averages.table(
+                    sort_by="self_cpu_time_total", row_limit=45, max_name_column_width=60
+                )
+            )
         print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "loss": loss}), flush=True)
 
 

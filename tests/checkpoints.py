@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from nanoray.checkpoint import Checkpoint, CheckpointWriter, Snapshot
+from nanoray import storage
+from nanoray.checkpoint import Checkpoint, CheckpointWriter, Snapshot, open_latest, step_dir
 from nanoray.optim.buckets import StateShard
 
 # (parameter, state) -> shape and dtype of the whole state. Names may hold what they like.
@@ -122,6 +124,30 @@ def assert_content(checkpoint: Checkpoint) -> None:
         found = checkpoint.optimizer_rows(*key, 0, num_rows)
         assert torch.equal(found, state), key
         assert found.dtype == state.dtype
+
+
+def new_bucket() -> str:
+    return f"memory://bucket-{uuid.uuid4().hex[:8]}/checkpoints"
+
+
+def no_warning(message: str) -> None:
+    raise AssertionError(message)
+
+
+def assert_latest(root: str, step: int | None, warn: Callable[[str], None] = no_warning) -> None:
+    """The latest checkpoint is that of a step (None: there is none), and right throughout."""
+    latest = open_latest(root, warn)
+    if step is None:
+        assert latest is None
+        return
+    assert latest is not None
+    with latest:
+        assert latest.step == step
+        assert_content(latest)
+
+
+def names(root: str, step: int) -> list[str]:
+    return storage.list_names(step_dir(root, step))
 
 
 def save_for_ever(root: str, first_step: int) -> None:

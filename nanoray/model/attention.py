@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,20 +64,19 @@ def _band(q_BKGTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int) -> Tenso
     blocks = -(-T // rows)
     end = blocks * rows - T
     q_BKGNRD = F.pad(q_BKGTD, (0, 0, 0, end)).view(B, K, G, blocks, rows, D)
-    q_BKNSD = q_BKGNRD.transpose(2, 3).reshape(B, K, blocks, G * rows, D)
+    q_BKNRD = q_BKGNRD.transpose(2, 3).reshape(B, K, blocks, G * rows, D)
 
     def spans(x_BKTD: Tensor) -> Tensor:
         x_BKNRD = F.pad(x_BKTD, (0, 0, before * rows, end)).view(B, K, -1, rows, D)
         return torch.cat([x_BKNRD[:, :, i : i + blocks] for i in range(before + 1)], dim=3)
 
-    scores = q_BKNSD @ spans(k_BKTD).transpose(-2, -1)
-    mask = visible(before * rows, (before + 1) * rows, 0, window, scores.device)
+    mask = visible(before * rows, (before + 1) * rows, 0, window, q_BKGTD.device)
     # The first blocks have padding before them; block n sees the keys from before - n on.
-    block = torch.arange(blocks, device=scores.device).view(-1, 1, 1, 1)
-    key = torch.arange((before + 1) * rows, device=scores.device)
+    block = torch.arange(blocks, device=q_BKGTD.device, dtype=torch.int32).view(-1, 1, 1)
+    key = torch.arange((before + 1) * rows, device=q_BKGTD.device, dtype=torch.int32)
     mask = mask & (key >= (before - block) * rows)
-    out_BKNSD = _weighted(scores, mask, spans(v_BKTD), G)
-    out_BKGNRD = out_BKNSD.view(B, K, blocks, G, rows, D).transpose(2, 3)
+    out_BKNRD = _BlockAttention.apply(q_BKNRD, spans(k_BKTD), spans(v_BKTD), mask)
+    out_BKGNRD = out_BKNRD.view(B, K, blocks, G, rows, D).transpose(2, 3)
     return out_BKGNRD.reshape(B, K, G, blocks * rows, D)[:, :, :, :T]
 
 
@@ -87,31 +87,48 @@ def _triangle(q_BKGTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, window: int) -> T
     outs = []
     for start in range(0, T, rows):
         stop, first = min(start + rows, T), max(0, start - window)
-        q_BKSD = q_BKGTD[:, :, :, start:stop].reshape(B, K, -1, D)
-        scores = q_BKSD @ k_BKTD[:, :, first:stop].transpose(-2, -1)
-        mask = visible(start, stop, first, window, scores.device)
-        out_BKSD = _weighted(scores, mask, v_BKTD[:, :, first:stop], G)
-        outs.append(out_BKSD.view(B, K, G, stop - start, D))
+        q_BKRD = q_BKGTD[:, :, :, start:stop].reshape(B, K, -1, D)
+        mask = visible(start, stop, first, window, q_BKGTD.device)
+        k_BKSD, v_BKSD = k_BKTD[:, :, first:stop], v_BKTD[:, :, first:stop]
+        out_BKRD = _BlockAttention.apply(q_BKRD, k_BKSD, v_BKSD, mask)
+        outs.append(out_BKRD.view(B, K, G, stop - start, D))
     return torch.cat(outs, dim=3)
 
 
-def _weighted(scores: Tensor, mask: Tensor, values: Tensor, num_groups: int) -> Tensor:
-    """softmax(masked scores) @ values, for scores [..., groups * rows, keys].
+class _BlockAttention(torch.autograd.Function):
+    """softmax(q k^T, masked) v of blocks: q [..., G * R, D] (scaled), k and v [..., S, D].
 
-    The sum of the weights divides the output rather than the weights, as FlashAttention does
-    (arXiv 2205.14135): autograd then needs no row reduction over the scores' gradient.
+    mask is bool [..., R, S], the same for the G query heads of a group. As in FlashAttention
+    (arXiv 2205.14135) the sum of the weights divides the output, not the weights, and the
+    backward pass needs no row reduction over the scores: the weights' exp() is all it keeps.
     """
-    *batch, rows, keys = scores.shape
-    grouped = scores.view(*batch, num_groups, rows // num_groups, keys)
-    weights = torch.where(mask, grouped.float().exp(), 0.0).view(scores.shape)
-    out = weights.to(values.dtype) @ values
-    return (out.float() / weights.sum(-1, keepdim=True)).to(values.dtype)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = (q @ k.transpose(-2, -1)).unflatten(-2, (-1, mask.size(-2))).float()
+        weights = torch.where(mask.unsqueeze(-3), scores.exp(), 0.0)
+        total = weights.sum(-1, keepdim=True).flatten(-3, -2)
+        weights = weights.to(q.dtype).flatten(-3, -2)
+        out = ((weights @ v).float() / total).to(q.dtype)
+        ctx.save_for_backward(q, k, v, weights, total, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, total, out = ctx.saved_tensors
+        grad = grads[0].float() / total
+        shift = (grad * out.float()).sum(-1, keepdim=True)
+        grad = grad.to(q.dtype)
+        d_weights = (grad @ v.transpose(-2, -1)).float()
+        d_scores = ((d_weights - shift) * weights.float()).to(q.dtype)
+        d_q, d_k = d_scores @ k, d_scores.transpose(-2, -1) @ q
+        return d_q, d_k, weights.transpose(-2, -1) @ grad, None
 
 
 def visible(start: int, stop: int, first: int, window: int, device: torch.device) -> Tensor:
     """Which keys first..stop the queries start..stop see: bool [stop - start, stop - first]."""
-    query = torch.arange(start, stop, device=device).unsqueeze(1)
-    key = torch.arange(first, stop, device=device).unsqueeze(0)
+    query = torch.arange(start, stop, device=device, dtype=torch.int32).unsqueeze(1)
+    key = torch.arange(first, stop, device=device, dtype=torch.int32).unsqueeze(0)
     return (key <= query) & (query - key <= window)
 
 

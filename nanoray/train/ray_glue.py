@@ -205,6 +205,9 @@ def _train_loop(config: dict[str, Any]) -> None:
     if world.device.type == "cpu":
         # Ray sets OMP_NUM_THREADS to the reserved CPUs (1); the cores are ours to share.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    if storage.is_local(storage.home()):
+        cache = storage.join(storage.home(), "cache", "inductor")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
     def open_blocks(stream: StreamPlan, _tokenizer: Tokenizer, cursor: Cursor) -> Iterator[Block]:
         shard = ray.train.get_dataset_shard("train")
