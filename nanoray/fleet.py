@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import socket
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nanoray.errors import NanorayError
 from nanoray.metrics import Record, Sink
 
-CONNECT_DEADLINE_S = 60.0
+CONNECT_DEADLINE_S = 5.0
 PREFLIGHT_DEADLINE_S = 8.0
 # A local Ray gets more logical CPUs than there are cores: trainers sleep while they wait for data
 # and data tasks while they wait for room, and a trainer sets its own number of threads.
@@ -57,8 +58,9 @@ def connect(
     }
     if on_cluster():
         try:
+            _check_reachable(os.environ["RAY_ADDRESS"])
             ray.init(address=os.environ["RAY_ADDRESS"], **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise NanorayError(
                 f"the Ray cluster at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be joined: "
                 f"{str(error).splitlines()[0]}; check the address and RAY_AUTH_MODE, or unset "
@@ -74,6 +76,13 @@ def connect(
         object_store_memory=local_object_store_bytes(),
         **options,
     )
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself waits for minutes for an address at which nobody listens. Raises OSError."""
+    host, colon, port = address.rsplit("/", 1)[-1].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_DEADLINE_S).close()
 
 
 def _lock_local_ray() -> None:

@@ -33,6 +33,8 @@ from nanoray.train.plan import PretrainPlan
 from nanoray.train.pretrain import Hooks, run_worker
 from nanoray.train.world import World
 
+DATA_CPUS = 1  # at least, for tasks that tokenize and pack
+
 Watcher = Callable[[dict[str, Any]], None]
 
 
@@ -50,7 +52,7 @@ def needs(plan: PretrainPlan) -> fleet.Needs:
         num_workers=low,
         cpus_per_worker=float(plan.config["cpus_per_worker"]),
         gpus_per_worker=float(plan.config["gpus_per_worker"] or 0),
-        data_cpus=1,
+        data_cpus=DATA_CPUS,
         memory_bytes_per_worker=int(weights + activations),
         object_store_bytes=max(64 * 2**20, 8 * unit_bytes),
         paths=tuple(path for path in paths if storage.is_local(path)),
@@ -145,6 +147,9 @@ def _stop_signals(board: Any) -> Iterator[None]:
 def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
     low, high = parse_worker_range(plan.config["num_workers"])
     gpus = float(plan.config["gpus_per_worker"] or 0)
+    if not gpus:  # workers that take every CPU would starve the tasks that feed them
+        free = ray.cluster_resources().get("CPU", 0) - DATA_CPUS
+        high = max(low, min(high, int(free // plan.config["cpus_per_worker"])))
     resources = {"CPU": float(plan.config["cpus_per_worker"])} | ({"GPU": gpus} if gpus else {})
     local = not fleet.on_cluster()
 

@@ -1,0 +1,84 @@
+"""Connecting, the preflight, and the board."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from nanoray import fleet
+from nanoray.errors import NanorayError
+
+GIB = 2**30
+
+
+def needs(**changes: object) -> fleet.Needs:
+    values: dict[str, object] = {
+        "num_workers": 2,
+        "cpus_per_worker": 1.0,
+        "gpus_per_worker": 0.0,
+        "data_cpus": 1.0,
+        "memory_bytes_per_worker": GIB,
+        "object_store_bytes": 2**26,
+    }
+    return fleet.Needs(**(values | changes))  # type: ignore[arg-type]
+
+
+HAVE = {"CPU": 4.0, "memory": 8.0 * GIB, "object_store_memory": float(GIB)}
+
+
+def test_enough_is_enough() -> None:
+    fleet.check_resources(needs(), HAVE, "this machine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_workers": 4}, "4 workers of 1 CPUs and 1 for data tasks need 5 .* has 4"),
+        ({"cpus_per_worker": 2.0}, "need 5 logical CPUs"),
+        ({"gpus_per_worker": 1.0}, "2 workers need 2 GPUs, but this machine has 0"),
+        ({"memory_bytes_per_worker": 5 * GIB}, "about 10.0 GiB of memory, .* has 8.0 GiB"),
+        ({"object_store_bytes": 2 * GIB}, "about 2048 MiB of object store, .* has 1024 MiB"),
+    ],
+)
+def test_a_shortfall_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(NanorayError, match=message):
+        fleet.check_resources(needs(**changes), HAVE, "this machine")
+
+
+@pytest.mark.slow
+def test_the_cluster_is_compared_within_ten_seconds(ray_session: None, tmp_path: Path) -> None:
+    start = time.monotonic()
+    fleet.preflight(needs(paths=(str(tmp_path),)))
+    with pytest.raises(NanorayError, match=r"200 workers .* but the cluster has"):
+        fleet.preflight(needs(num_workers=200))
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.slow
+def test_the_board_hands_on_records_once_and_keeps_an_error(ray_session: None) -> None:
+    board = fleet.Board.remote()  # type: ignore[attr-defined]
+    watch = fleet.StopWatch(board, period_s=0.02)
+    for step in range(3):
+        board.post.remote({"step": step})
+    assert ray.get(board.drain.remote()) == ([{"step": 0}, {"step": 1}, {"step": 2}], {})
+    assert ray.get(board.drain.remote()) == ([], {})
+    assert watch() == ""
+    board.stop.remote("SIGTERM")
+    board.conclude.remote({"error": "first"})
+    board.conclude.remote({"status": "finished"})
+    assert ray.get(board.failed.remote())
+    assert ray.get(board.drain.remote())[1] == {"error": "first"}
+    deadline = time.monotonic() + 5
+    while watch() != "SIGTERM":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    watch.close()
+    ray.kill(board)
+    lonely = fleet.StopWatch(board, period_s=0.02)
+    while not lonely():
+        assert time.monotonic() < deadline + 10
+        time.sleep(0.02)
+    assert lonely() == "the run's driver is gone"
