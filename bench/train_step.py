@@ -26,6 +26,14 @@ from typing import Any
 SIDES = {"nanoray_bf16": "bfloat16", "nanochat_fp32": "float32", "nanochat_bf16": "bfloat16"}
 VOCAB, T, STEP_TOKENS = 4096, 512, 16384
 SHAPE = {"n_layer": 4, "n_head": 4, "n_kv_head": 4, "n_embd": 256, "window_pattern": "SSSL"}
+LEARNING_RATES = {
+    "embedding_lr": 0.3,
+    "unembedding_lr": 0.008,
+    "matrix_lr": 0.02,
+    "scalar_lr": 0.5,
+    "weight_decay": 0.1,
+}
+MUON_MOMENTUM = 0.95  # nanochat's default without a schedule
 
 
 def main() -> None:
@@ -78,7 +86,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16, help="rows of a micro-step (16384/T whole)")
     parser.add_argument("--without-optimizer", action="store_true", help="forward and backward")
     parser.add_argument("--sides", default=",".join(SIDES), help="comma-separated; ours first")
-    parser.add_argument("--profile", action="store_true", help="print a profile of each side")
     parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
     parser.add_argument("--weights", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -89,7 +96,6 @@ def start_worker(side: str, args: argparse.Namespace, weights: Path) -> subproce
     command += ["--nanochat", str(args.nanochat), "--rows", str(args.rows)]
     command += ["--threads", str(args.threads)]
     command += ["--without-optimizer"] if args.without_optimizer else []
-    command += ["--profile"] if args.profile else []
     root = Path(__file__).parents[1]
     environment = {
         **os.environ,
@@ -155,18 +161,9 @@ def work(args: argparse.Namespace) -> None:
     make = batches(args.rows)
     for step, _ in enumerate(sys.stdin):
         data = make(step)
-        profiled = args.profile and step == 4
-        with torch.profiler.profile(record_shapes=True) if profiled else open(os.devnull) as prof:
-            start_s, start_cpu_s = time.perf_counter(), time.process_time()
-            loss = train_step(data)
-            seconds, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
-        if profiled:
-            averages = prof.key_averages(group_by_input_shape=True)
-            print(
-                averages.table(
-                    sort_by="self_cpu_time_total", row_limit=45, max_name_column_width=60
-                )
-            )
+        start_s, start_cpu_s = time.perf_counter(), time.process_time()
+        loss = train_step(data)
+        seconds, cpu_s = time.perf_counter() - start_s, time.process_time() - start_cpu_s
         print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "loss": loss}), flush=True)
 
 
@@ -176,10 +173,23 @@ def ours(weights: dict, args: argparse.Namespace) -> Callable[[list], float]:
     from nanoray.model.compile import compile_model
     from nanoray.model.config import GPTConfig
     from nanoray.model.gpt import GPT
+    from nanoray.optim.groups import REFERENCE_BATCH_TOKENS, build_groups
+    from nanoray.optim.sharded import MuonAdamW
 
     model = GPT(GPTConfig(sequence_len=T, vocab_size=VOCAB, **SHAPE), torch.bfloat16)
     model.load_state_dict(weights)
     compile_model(model)
+    parameters = dict(model.named_parameters())
+    groups = build_groups(
+        {name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        "july",
+        **LEARNING_RATES,
+        width=SHAPE["n_embd"],
+        batch_tokens=REFERENCE_BATCH_TOKENS,  # no scaling, as nanochat's setup_optimizer
+    )
+    optimizer = MuonAdamW(
+        parameters, groups, recipe="july", compute_dtype=model.compute_dtype, compile=True
+    )
 
     def train_step(data: list) -> float:
         loss_sum = 0.0
@@ -187,7 +197,10 @@ def ours(weights: dict, args: argparse.Namespace) -> Callable[[list], float]:
             loss = model(idx_BT, targets_BT) / STEP_TOKENS
             loss.backward()
             loss_sum += loss.item()
-        model.zero_grad(set_to_none=True)
+        if args.without_optimizer:
+            model.zero_grad(set_to_none=True)
+        else:
+            optimizer.step(1.0, MUON_MOMENTUM, 1.0)
         return loss_sum
 
     return train_step
@@ -200,7 +213,8 @@ def theirs(weights: dict, args: argparse.Namespace) -> Callable[[list], float]:
     model = GPT(GPTConfig(sequence_len=T, vocab_size=VOCAB, **SHAPE))
     model.init_weights()
     model.load_state_dict(weights)
-    optimizer = model.setup_optimizer()
+    optimizer = model.setup_optimizer(**LEARNING_RATES)
+    assert optimizer.param_groups[-1]["momentum"] == MUON_MOMENTUM
     compiled = torch.compile(model, dynamic=False)
 
     def train_step(data: list) -> float:

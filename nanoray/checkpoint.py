@@ -155,15 +155,26 @@ class CheckpointWriter:
             return error
         if storage.is_local(folder) and not isinstance(error, OSError | SafetensorError):
             return error  # a bug; on object stores it may be one of the store's own classes
-        if self._rank == 0:
-            with contextlib.suppress(Exception):
-                if not storage.exists(storage.join(folder, "manifest.json")):
-                    storage.remove(folder)
+        with contextlib.suppress(Exception):
+            if self._rank != 0:  # so that the first worker need not wait for the deadline
+                note = {"error": f"worker {self._rank}: {error}"}
+                storage.write_text(self._part(folder, self._rank), json.dumps(note))
+            elif not storage.exists(storage.join(folder, "manifest.json")):
+                self._remove_unpublished(folder)
         return NanorayError(
             f"checkpoint of step {step} could not be saved to {folder}: {error}; "
             f"the checkpoint before it is intact - make room or mend the storage, then run "
             f"the same command again to go on from there"
         )
+
+    def _remove_unpublished(self, folder: str) -> None:
+        """Make room. The next start deletes what other workers are still writing."""
+        if self._world_size == 1:
+            storage.remove(folder)
+            return
+        for name in storage.list_names(folder):
+            if not name.startswith("."):  # another worker's file, not whole yet
+                storage.remove(storage.join(folder, name))
 
     def _save(self, folder: str, snapshot: Snapshot) -> None:
         self._guard()
@@ -220,6 +231,8 @@ class CheckpointWriter:
                 raise OSError(f"worker {rank} wrote no part within {PART_DEADLINE_S:.0f} s")
             time.sleep(0.05)
         note: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        if "error" in note:
+            raise OSError(note["error"])
         return note
 
     def _publish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -181,8 +182,27 @@ def test_a_worker_that_never_writes_its_part(
     first.save(make_snapshot(2, 0, 2))
     with pytest.raises(NanorayError, match=r"step 2 .*worker 1 wrote no part within 0 s"):
         first.wait()
-    assert storage.list_names(local_root) == ["step_000001"]
+    assert names(local_root, 2) == []
     assert_latest(local_root, 1)
+
+
+def test_the_first_worker_hears_of_another_s_failure(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not wait for the deadline, and says why."""
+    save_step(make_writers(root, world_size=2), 1)
+    first, second = make_writers(root, world_size=2)
+    first.save(make_snapshot(2, 0, 2))
+    monkeypatch.setattr(second, "_write_tensors", full_disk)
+    second.save(make_snapshot(2, 1, 2))
+    with pytest.raises(NanorayError, match=r"step 2 .*: \[Errno 28\] No space left on device"):
+        second.wait()
+    with pytest.raises(NanorayError, match=r"step 2 .*: worker 1: .*No space left on device"):
+        first.wait()
+    assert names(root, 2) == []
+    assert_latest(root, 1)
+    save_step(make_writers(root, world_size=2), 2)
+    assert_latest(root, 2)
 
 
 # --- for real: disks that are full, processes that are killed
@@ -262,15 +282,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(small_disk: Path) -> None:
-    """1 MB, of which a checkpoint takes 360 KB: the third does not fit."""
+    """1 MB, of which a checkpoint takes 360 KB: the third does not fit. Two workers."""
     root = str(small_disk / "checkpoints")
     writers = make_writers(root, world_size=2, keep=3)
     save_step(writers, 1)
     save_step(writers, 2)
     with pytest.raises(NanorayError, match=r"step 3 could not .*No space left.*before it is int"):
         save_step(writers, 3)
-    assert sorted(os.listdir(root)) == ["step_000001", "step_000002"]
+    for writer in writers:
+        with contextlib.suppress(NanorayError):  # the other one's, if that has failed as well
+            writer.wait()
     assert_latest(root, 2)
+    delete_incomplete(root)
+    assert sorted(os.listdir(root)) == ["step_000001", "step_000002"]
     checkpoint_module.delete(root, 1)
     save_step(writers, 3)
     assert_latest(root, 3)

@@ -10,6 +10,13 @@ whole, so here all lengths are known at once, and the search is arithmetic on a 
    leaves either nothing or a gap worth filling.
 3. Where nothing fits, the shortest piece that is too long is cut. What is cut off comes back
    as a piece of its own if it is at least `MIN_TAIL` tokens long, else it is lost.
+
+Does a tail that begins in mid-document hurt? Measured once at T = 512, where it occurs most (a
+4-layer model of width 128, vocabulary 4,096, 300 steps of 4,096 tokens, AdamW; bits per byte
+with tails minus without, where 52 % of the tokens were cropped). On fresh text: validation rows
+with tails +.000 and +.011 (two seeds), rows of document beginnings only +.013 and +.026. On 700
+documents repeated (one seed), where cropping costs epochs: -.012 and .000. So a small price
+while text is endless, a gain where it is not; at T = 2048 there are ten times fewer tails.
 """
 
 from __future__ import annotations

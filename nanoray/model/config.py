@@ -1,4 +1,4 @@
-"""The shape of a GPT: nanochat's seven fields, the recipe, and everything that follows from them."""
+"""The shape of a GPT: nanochat's seven fields, the recipe, and all that follows from them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class GPTConfig:
             )
         if self.head_dim % 2:
             raise NanorayError(
-                f"the head width n_embd / n_head = {self.head_dim} must be even for rotary embeddings."
+                f"the head width n_embd / n_head = {self.head_dim} must be even, for rotary."
             )
         least = max(self.architecture.gate_channels, self.architecture.smear_channels)
         if self.n_embd < least:

@@ -10,7 +10,7 @@ so that neither the micro-batch nor the rank on which a token happens to lie cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from nanoray.errors import NanorayError
 from nanoray.model.attention import attention
 from nanoray.model.config import ARCHITECTURES, GPTConfig, RecipeName
-from nanoray.model.loss import HeadStep, chunked_cross_entropy, head_step, softcapped_logits
+from nanoray.model.loss import (
+    HeadStep,
+    TokenLosses,
+    chunked_cross_entropy,
+    head_step,
+    softcapped_logits,
+    token_losses,
+)
 
 SOFTCAP = 15.0
 NORM_EPS = torch.finfo(torch.float32).eps  # also in bf16
@@ -178,6 +185,14 @@ class GPT(nn.Module):
         self._parts = EAGER
         self._compiled_inputs: set[tuple[torch.Size, bool]] = set()
 
+    @property
+    def wte(self) -> Embedding:
+        return cast(Embedding, self.transformer["wte"])
+
+    @property
+    def blocks(self) -> list[Block]:
+        return list(cast(Iterable[Block], self.transformer["h"]))
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill every weight, from a CPU generator: the same on any device and thread count."""
@@ -190,10 +205,10 @@ class GPT(nn.Module):
         def uniform(weight: Tensor, low: float, high: float) -> None:
             weight.copy_(torch.empty(weight.shape).uniform_(low, high, generator=generator))
 
-        normal(self.transformer["wte"].weight, arch.wte_std)
+        normal(self.wte.weight, arch.wte_std)
         normal(self.lm_head.weight, 0.001)
         bound = (3 / config.n_embd) ** 0.5  # a uniform of this bound has the std 1/sqrt(width)
-        for block in self.transformer["h"]:
+        for block in self.blocks:
             for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
                 uniform(linear.weight, -bound, bound)
             uniform(block.mlp.c_fc.weight, -bound * arch.fc_scale, bound * arch.fc_scale)
@@ -202,7 +217,7 @@ class GPT(nn.Module):
             if block.attn.ve_gate is not None:
                 uniform(block.attn.ve_gate.weight, 0.0, arch.gate_init_max)
         for table in self.value_embeds.values():
-            uniform(table.weight, -bound, bound)
+            uniform(cast(Embedding, table).weight, -bound, bound)
         self.resid_lambdas.copy_(torch.linspace(*arch.resid_lambda, config.n_layer))
         self.x0_lambdas.copy_(torch.linspace(*arch.x0_lambda, config.n_layer))
         if self.smear_gate is not None:
@@ -217,7 +232,7 @@ class GPT(nn.Module):
         """
         self.to(device)
         if device.type != "cpu":
-            self.transformer["wte"].to(self.compute_dtype)
+            self.wte.to(self.compute_dtype)
             self.value_embeds.to(self.compute_dtype)
         return self
 
@@ -243,6 +258,7 @@ class GPT(nn.Module):
             SOFTCAP,
             reduction=reduction,
             step=parts.head_step,
+            token_losses=parts.token_losses,
         )
         return loss.view_as(targets_BT) if reduction == "none" else loss
 
@@ -256,11 +272,11 @@ class GPT(nn.Module):
                 "(its rotary length): crop the input."
             )
         cos_T1d, sin_T1d = self.cos[:T], self.sin[:T]
-        x_BTD = parts.embed(self, self.transformer["wte"](idx_BT).to(self.compute_dtype))
+        x_BTD = parts.embed(self, self.wte(idx_BT).to(self.compute_dtype))
         # A tensor of its own, or the first block's equal arguments would compile a second time.
         x0_BTD = middle_BTD = x_BTD.view_as(x_BTD)
         lambdas = zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind())
-        for layer, (block, (resid, x0)) in enumerate(zip(self.transformer["h"], lambdas)):
+        for layer, (block, (resid, x0)) in enumerate(zip(self.blocks, lambdas)):
             ve_BTC = self.value_embedding(layer, idx_BT)
             x_BTD = parts.block(block, x_BTD, x0_BTD, ve_BTC, resid, x0, cos_T1d, sin_T1d)
             if layer == self.config.backout_layer:
@@ -317,6 +333,7 @@ class Parts:
     block: Callable[..., Tensor] = Block.forward
     finish: Callable[[GPT, Tensor, Tensor], Tensor] = GPT.finish
     head_step: HeadStep = head_step
+    token_losses: TokenLosses = token_losses
 
 
 EAGER = Parts()

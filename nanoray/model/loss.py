@@ -23,6 +23,7 @@ _GPU_CHUNK_LOGITS = 256 * 2**20
 _MIN_CHUNK_ROWS = 256  # fewer rows make the weight gradient's accumulation the bottleneck
 
 HeadStep = Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+TokenLosses = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def pick_chunk(num_rows: int, vocab_size: int, device: torch.device) -> int:
@@ -35,41 +36,6 @@ def pick_chunk(num_rows: int, vocab_size: int, device: torch.device) -> int:
 def softcapped_logits(x_ND: Tensor, weight_VD: Tensor, softcap: float) -> Tensor:
     """softcap * tanh(x W^T / softcap) in fp32, [N, V]; the matmul runs in x's dtype."""
     return softcap * torch.tanh((x_ND @ weight_VD.T).float() / softcap)
-
-
-def chunked_cross_entropy(
-    x_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    vocab_size: int,
-    softcap: float,
-    chunk: int | None = None,
-    reduction: str = "sum",
-    step: HeadStep | None = None,
-) -> Tensor:
-    """Cross-entropy of softcapped logits, differentiable in x and weight.
-
-    x_ND: hidden states in the compute dtype; weight_VD: the head in fp32 (rows from vocab_size
-    on are padding and take no part); targets_N: token ids, -1 is ignored. chunk: rows per
-    chunk (None: chosen by device and vocabulary). step: a compiled `head_step`.
-    Returns the fp32 SUM of the losses of all counted tokens, or with reduction="none" the
-    losses [N] (0 where ignored; their gradient recomputes each chunk's logits).
-    """
-    assert reduction in ("sum", "none")
-    weight_VD = weight_VD[:vocab_size]
-    rows = chunk or pick_chunk(x_ND.size(0), vocab_size, x_ND.device)
-    needs_grad = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    if reduction == "sum" and needs_grad:
-        return _ChunkedLossSum.apply(x_ND, weight_VD, targets_N, softcap, rows, step or head_step)
-    weight_VD = weight_VD.to(x_ND.dtype)
-    losses = [
-        checkpoint(_token_losses, x_RD, weight_VD, t_R, softcap, use_reentrant=False)
-        if needs_grad
-        else _token_losses(x_RD, weight_VD, t_R, softcap)
-        for x_RD, t_R in _chunks(x_ND, targets_N, rows)
-    ]
-    losses_N = torch.cat(losses)[: targets_N.size(0)]
-    return losses_N.sum() if reduction == "sum" else losses_N
 
 
 def head_step(
@@ -104,9 +70,46 @@ def _half_gap(z: Tensor, softcap: float) -> Tensor:
     return 1 / (torch.exp(z.float() * (2 / softcap)) + 1)
 
 
-def _token_losses(x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, softcap: float) -> Tensor:
+def token_losses(x_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, softcap: float) -> Tensor:
+    """Cross-entropy [R] of each token in fp32; 0 where the target is ignored."""
     logits_RV = softcapped_logits(x_RD, weight_VD, softcap)
-    return F.cross_entropy(logits_RV, targets_R.long(), ignore_index=IGNORED, reduction="none")
+    return F.cross_entropy(logits_RV, targets_R, ignore_index=IGNORED, reduction="none")
+
+
+def chunked_cross_entropy(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    vocab_size: int,
+    softcap: float,
+    chunk: int | None = None,
+    reduction: str = "sum",
+    step: HeadStep = head_step,
+    token_losses: TokenLosses = token_losses,
+) -> Tensor:
+    """Cross-entropy of softcapped logits, differentiable in x and weight.
+
+    x_ND: hidden states in the compute dtype; weight_VD: the head in fp32 (rows from vocab_size
+    on are padding and take no part); targets_N: token ids, -1 is ignored. chunk: rows per
+    chunk (None: chosen by device and vocabulary). step, token_losses: compiled forms.
+    Returns the fp32 SUM of the losses of all counted tokens, or with reduction="none" the
+    losses [N] (0 where ignored; their gradient recomputes each chunk's logits).
+    """
+    assert reduction in ("sum", "none")
+    weight_VD, targets_N = weight_VD[:vocab_size], targets_N.long()
+    rows = chunk or pick_chunk(x_ND.size(0), vocab_size, x_ND.device)
+    needs_grad = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    if reduction == "sum" and needs_grad:
+        return _ChunkedLossSum.apply(x_ND, weight_VD, targets_N, softcap, rows, step)
+    weight_VD = weight_VD.to(x_ND.dtype)
+    losses = [
+        checkpoint(token_losses, x_RD, weight_VD, targets_R, softcap, use_reentrant=False)
+        if needs_grad
+        else token_losses(x_RD, weight_VD, targets_R, softcap)
+        for x_RD, targets_R in _chunks(x_ND, targets_N, rows)
+    ]
+    losses_N = torch.cat(losses)[: targets_N.size(0)]
+    return losses_N.sum() if reduction == "sum" else losses_N
 
 
 def _chunks(x_ND: Tensor, targets_N: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -137,7 +140,7 @@ class _ChunkedLossSum(torch.autograd.Function):
         cast_VD = weight_VD.to(x_ND.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         x_grads = []
-        for x_RD, targets_R in _chunks(x_ND, targets_N.long(), rows):
+        for x_RD, targets_R in _chunks(x_ND, targets_N, rows):
             chunk_loss, x_grad_RD = step(x_RD, cast_VD, targets_R, weight_grad_VD, softcap)
             loss = loss + chunk_loss
             x_grads.append(x_grad_RD)
@@ -149,4 +152,5 @@ class _ChunkedLossSum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_grad_ND, weight_grad_VD = ctx.saved_tensors
         scale = grads[0]
-        return x_grad_ND * scale.to(x_grad_ND.dtype), weight_grad_VD * scale, *[None] * 4
+        x_grad_ND = (x_grad_ND.float() * scale).to(x_grad_ND.dtype)  # the scale stays fp32
+        return x_grad_ND, weight_grad_VD * scale, *[None] * 4

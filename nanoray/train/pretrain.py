@@ -6,6 +6,7 @@ then validation, samples, a checkpoint. What needs a cluster is handed in throug
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import threading
@@ -27,6 +28,7 @@ from nanoray.checkpoint import (
 )
 from nanoray.data.blocks import Block, Cursor, StepRows, step_rows
 from nanoray.data.plan import StreamPlan, validation_rows
+from nanoray.errors import NanorayError
 from nanoray.evals.bpb import bits_and_bytes
 from nanoray.evals.sample import sample_report
 from nanoray.metrics import MetricsLog, Record, Sink
@@ -429,10 +431,14 @@ class PretrainWorker:
         }
 
     def _write_summary(self, status: str) -> None:
+        self.hooks.guard()  # a worker that outlived its driver must not write over another's
         summary = {k: v for k, v in self._summary(status).items() if v is not None}
         uri = storage.join(self.plan.run_dir, "summary.json")
         storage.write_text(uri, json.dumps(summary, indent=1) + "\n")
 
     def close(self) -> None:
+        """Let a save under way finish: after an error it is what the next start goes on from."""
+        with contextlib.suppress(NanorayError):
+            self.writer.wait()
         if self.log:
             self.log.close()

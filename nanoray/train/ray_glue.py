@@ -27,6 +27,7 @@ from nanoray.data.plan import StreamPlan
 from nanoray.data.stream import training_dataset, worker_blocks
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease, LeaseLostError, check_token
+from nanoray.metrics import Sink, wandb_sink
 from nanoray.model.precision import pick_device
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.plan import PretrainPlan
@@ -228,7 +229,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         report=lambda record: ray.train.report({k: _plain(v) for k, v in record.items()}),
         stop_reason=stop_watch or (lambda: ""),
         guard=lambda: check_token(plan.run_dir, config["token"]),
-        sinks=[fleet.gauge_sink("pretrain", plan.run)],
+        sinks=_sinks(plan) if world.is_first else [],
         attempt=str(processes[0]).rsplit(":", 1)[-1],
     )
     try:
@@ -242,6 +243,13 @@ def _train_loop(config: dict[str, Any]) -> None:
     finally:
         if stop_watch:
             stop_watch.close()
+
+
+def _sinks(plan: PretrainPlan) -> list[Sink]:
+    sinks = [fleet.gauge_sink("pretrain", plan.run)]
+    if plan.config["wandb"]:
+        sinks.append(wandb_sink(plan.config["wandb"], plan.run, plan.to_dict()))
+    return sinks
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,72 @@
+"""The demo in a fresh home: how long it takes, and its validation against gzip -9.
+
+    python bench/demo.py
+
+gzip compresses the very bytes that the validation counts, as one stream.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+from demo_home import ROOT, environment, job
+
+from nanoray import storage
+
+COMMANDS = {
+    "build_s": job("jobs.data", "build", "--corpus", "docstrings"),
+    "tokenizer_s": job("jobs.tokenizer", "train", "--config", "jobs/demo_tokenizer.yaml"),
+    "pretrain_s": job("jobs.pretrain", "--config", "jobs/demo_pretrain.yaml"),
+}
+
+
+def validation_text(home: str) -> bytes:
+    """The text of the run's validation rows, special tokens left out."""
+    from nanoray.data.plan import validation_rows
+    from nanoray.tokenizer import load_tokenizer
+    from nanoray.train.plan import PretrainPlan
+
+    content = json.loads(storage.read_bytes(f"{home}/runs/demo/config.json"))
+    names = PretrainPlan.__dataclass_fields__
+    plan = PretrainPlan.from_dict({k: v for k, v in content.items() if k in names})
+    tokenizer = load_tokenizer(plan.tokenizer_dir)
+    rows = validation_rows(
+        plan.validation_row_groups(),
+        tokenizer,
+        sequence_len=plan.model_config.sequence_len,
+        num_tokens=plan.config["eval_tokens"],
+        on_bad="fail",
+    )
+    targets = rows[:, 1:].reshape(-1)
+    return tokenizer.decode_bytes(targets[tokenizer.token_bytes()[targets] > 0].tolist())
+
+
+def main() -> None:
+    home = environment()["NANORAY_HOME"] + "-demo"
+    shutil.rmtree(home, ignore_errors=True)
+    seconds = {}
+    for name, command in COMMANDS.items():
+        start = time.monotonic()
+        env = environment() | {"NANORAY_HOME": home}
+        subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=sys.stderr)
+        seconds[name] = round(time.monotonic() - start, 1)
+    summary = json.loads(storage.read_bytes(f"{home}/runs/demo/summary.json"))
+    text = validation_text(home)
+    result = {
+        "bench": "demo",
+        "total_s": round(sum(seconds.values()), 1),
+        **seconds,
+        "tokens_per_s": round(summary["tokens_per_s"]),
+        "val_bpb": round(summary["val_bpb"], 4),
+        "gzip_9_bpb": round(8 * len(gzip.compress(text, 9)) / len(text), 4),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
