@@ -30,8 +30,12 @@ lint: .venv/installed
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600
 
+# NANOCHAT=DIR, a checkout of the peer, adds the comparisons with it.
 bench: .venv/installed
-	for script in bench/[a-z]*.py; do echo "== $$script" && $(BIN)/python $$script || exit 1; done
+	for name in loss_memory startup ray_overhead demo; do $(BIN)/python bench/$$name.py || exit 1; done
+ifdef NANOCHAT
+	for name in packing train_step; do $(BIN)/python bench/$$name.py --nanochat $(NANOCHAT) || exit 1; done
+endif
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -41,6 +41,7 @@ def scale(
     ratio: float,
     weight_decay: float,
     batch_tokens: int | None = None,
+    cap: bool = True,
 ) -> Scaling:
     """Horizon, batch and weight decay of a model.
 
@@ -49,6 +50,7 @@ def scale(
         ratio: training tokens per parameter of N.
         weight_decay: λ at the reference (d12, 2¹⁹ tokens a batch).
         batch_tokens: the batch really used, when it is not the law's.
+        cap: whether λ is capped below depth 8; not where the user gave λ.
 
     The decay law extrapolates badly downwards, so below depth 8 λ is that of depth 8 (same
     ratio, same vocabulary) wherever the law would give more.
@@ -66,7 +68,7 @@ def scale(
     batch = batch_tokens or law_batch(tokens)
     decay = law_decay(batch, tokens)
     capped = False
-    if depth < SMALLEST_DECAY_DEPTH:
+    if cap and depth < SMALLEST_DECAY_DEPTH:
         smallest = int(ratio * parameters_at(SMALLEST_DECAY_DEPTH))
         limit = law_decay(law_batch(smallest), smallest)
         capped = decay > limit

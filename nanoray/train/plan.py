@@ -149,6 +149,7 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
         ratio=config.recipe_value("target_param_data_ratio"),
         weight_decay=config.recipe_value("weight_decay"),
         batch_tokens=config.total_batch_size,
+        cap=config.weight_decay is None,
     )
     if scaling.batch_tokens % config.max_seq_len:
         raise NanorayError(
