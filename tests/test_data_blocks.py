@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoray.data.blocks import Cursor, StepRows, local_blocks, step_rows
+from nanoray.data.blocks import Cursor, StepRows, local_blocks, started, step_rows
 from nanoray.data.plan import Layout, StreamPlan, layout, plan_stream, validation_rows
 from nanoray.data.shards import list_shards, row_groups, split_shards
 from nanoray.data.units import list_units
@@ -195,3 +196,20 @@ def test_block_and_slab_sizes() -> None:
     assert layout(32, 512) == Layout(512, 4, 8, 32)
     assert layout(256, 2048) == Layout(2048, 8, 32, 4)
     assert layout(1, 8) == Layout(8, 1, 1, 32)
+
+
+def test_started_fetches_the_first_block_at_once_and_hands_errors_on() -> None:
+    fetching = threading.Event()
+
+    def blocks() -> Iterator[dict[str, np.ndarray]]:
+        fetching.set()
+        yield {"ids": np.zeros(1)}
+        yield {"ids": np.ones(1)}
+        raise NanorayError("bad shard")
+
+    got = started(blocks())
+    assert fetching.wait(10)  # before anybody asked
+    assert [int(next(got)["ids"][0]) for _ in range(2)] == [0, 1]
+    with pytest.raises(NanorayError, match="bad shard"):
+        next(got)
+    assert list(started(iter([]))) == []

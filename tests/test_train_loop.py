@@ -129,6 +129,17 @@ def test_save_at_two_workers_resume_at_one_and_back(
     )
 
 
+def test_warming_up_leaves_no_gradient(home: Path, corpus: str, tokenizer_dir: str) -> None:
+    plan = tiny_plan(corpus, tokenizer_dir, "warm")
+    worker = PretrainWorker(plan, World(0, 1, torch.device("cpu")), Hooks())
+    try:
+        worker.step.warm_up(plan.model_config.sequence_len)
+        grads = [p.grad for p in worker.model.parameters() if p.grad is not None]
+        assert grads and all(not grad.any() for grad in grads)
+    finally:
+        worker.close()
+
+
 def test_golden_losses(home: Path, corpus: str, tokenizer_dir: str) -> None:
     """A change of the numbers must be meant: delete the file to write it anew."""
     plan = tiny_plan(corpus, tokenizer_dir, "golden")

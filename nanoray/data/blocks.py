@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,21 @@ def local_blocks(
             number += 1
             start = stop
         rest = {name: column[start:] for name, column in rest.items()}
+
+
+def started(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The same blocks; the first is fetched from now on, while the caller does other things."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="first-block")
+    first = pool.submit(next, blocks, None)
+    pool.shutdown(wait=False)
+
+    def all_blocks() -> Iterator[Block]:
+        block = first.result()
+        if block is not None:
+            yield block
+            yield from blocks
+
+    return all_blocks()
 
 
 @dataclass(frozen=True)

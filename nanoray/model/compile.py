@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 
 from nanoray.errors import NanorayError
 from nanoray.model.gpt import EAGER, GPT, Block, Parts
@@ -40,6 +41,9 @@ def compile_model(model: GPT, mode: str = "default") -> GPT:
         return model
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _RECOMPILE_LIMIT)
+    # Without this the blocks, whose attention has a backward of its own, are traced again at every
+    # start, although all that it calls is here: a third of a warm start.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     inductor_mode = "max-autotune-no-cudagraphs" if mode == "max-autotune" else "default"
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from nanoray.checkpoint import (
     delete_incomplete,
     open_latest,
 )
-from nanoray.data.blocks import Block, Cursor, StepRows, step_rows
+from nanoray.data.blocks import Block, Cursor, StepRows, started, step_rows
 from nanoray.data.plan import StreamPlan, validation_rows
 from nanoray.errors import NanorayError
 from nanoray.evals.bpb import bits_and_bytes
@@ -210,7 +210,9 @@ class PretrainWorker:
         if self.world.is_first:
             self._write_summary("running")
         assert self.slab is not None
-        blocks = open_blocks(self.stream, self.tokenizer, self.slab)
+        blocks = started(open_blocks(self.stream, self.tokenizer, self.slab))
+        if self.config["compile_mode"] != "off" and progress.step < plan.num_iterations:
+            self.step.warm_up(plan.model_config.sequence_len)
         world = self.world
         shares = step_rows(
             blocks,

@@ -69,6 +69,15 @@ class TrainStep:
         self._world = world
         self._micro_rows = micro_rows
 
+    def warm_up(self, sequence_len: int) -> None:
+        """Have forward and backward compiled, by a micro-batch without targets.
+
+        Its gradients are zeros.
+        """
+        ids = np.zeros((1, sequence_len + 1), np.int64)
+        [(inputs, targets)] = micro_batches(ids, self._micro_rows, self._world.device)
+        self._loss_sum(inputs, targets.fill_(IGNORED)).backward()
+
     def __call__(
         self,
         ids: np.ndarray,
