@@ -135,7 +135,8 @@ def test_warming_up_leaves_no_gradient(home: Path, corpus: str, tokenizer_dir: s
     try:
         worker.step.warm_up(plan.model_config.sequence_len)
         grads = [p.grad for p in worker.model.parameters() if p.grad is not None]
-        assert grads and all(not grad.any() for grad in grads)
+        assert grads
+        assert not any(grad.any() for grad in grads)
     finally:
         worker.close()
 

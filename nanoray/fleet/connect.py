@@ -1,4 +1,4 @@
-"""The one way to a cluster: connect, preflight, and the board where a run's workers report.
+"""The one way to a cluster: connect, and a preflight of what a plan needs.
 
 Local: starts Ray on this machine, closed to others. With ``RAY_ADDRESS`` set, as inside a Ray
 job, it joins that cluster.
@@ -10,19 +10,15 @@ import os
 import secrets
 import shutil
 import socket
-import threading
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import ray
-from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanoray.errors import NanorayError
-from nanoray.metrics import Record, Sink
 
 CONNECT_DEADLINE_S = 5.0
 PREFLIGHT_DEADLINE_S = 8.0
@@ -223,83 +219,3 @@ def _check_paths(paths: Sequence[str], nodes: Sequence[dict[str, Any]]) -> None:
             f"node {pending[late[0]]['NodeManagerAddress']} did not answer within "
             f"{PREFLIGHT_DEADLINE_S:.0f} s whether it sees the data; check that node"
         )
-
-
-@ray.remote(num_cpus=0, max_restarts=0)
-class Board:
-    """Where the workers of a run post records and read whether to stop; one small actor a run."""
-
-    def __init__(self) -> None:
-        self._records: deque[dict[str, Any]] = deque(maxlen=10_000)
-        self._stop = ""
-        self._verdict: dict[str, Any] = {}
-
-    def post(self, record: dict[str, Any]) -> None:
-        self._records.append(record)
-
-    def drain(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The records since the last call, and the verdict (empty while there is none)."""
-        records = list(self._records)
-        self._records.clear()
-        return records, self._verdict
-
-    def stop(self, reason: str) -> None:
-        self._stop = self._stop or reason
-
-    def stop_reason(self) -> str:
-        return self._stop
-
-    def conclude(self, verdict: dict[str, Any]) -> None:
-        """How the run ended: its summary, or {"error": ...}. An error stands."""
-        if "error" not in self._verdict:
-            self._verdict = verdict
-
-    def failed(self) -> bool:
-        return "error" in self._verdict
-
-
-class StopWatch:
-    """Reads a board's stop flag in a thread, so that a training step never waits for it."""
-
-    def __init__(self, board: Any, period_s: float = 0.5) -> None:
-        self._board = board
-        self._period_s = period_s
-        self._reason = ""
-        self._closed = threading.Event()
-        threading.Thread(target=self._poll, name="stop-watch", daemon=True).start()
-
-    def _poll(self) -> None:
-        while not self._closed.wait(self._period_s):
-            try:
-                self._reason = ray.get(self._board.stop_reason.remote(), timeout=5)
-            except ray.exceptions.GetTimeoutError:
-                continue
-            except ray.exceptions.RayError:
-                self._reason = "the run's driver is gone"
-            if self._reason:
-                return
-
-    def __call__(self) -> str:
-        """Why to stop, or an empty string."""
-        return self._reason
-
-    def close(self) -> None:
-        self._closed.set()
-
-
-def gauge_sink(stage: str, run: str) -> Sink:
-    """A metrics sink that exports every number as a Ray gauge ``nanoray_<stage>_<key>``."""
-    gauges: dict[str, Gauge] = {}
-
-    def sink(record: Record) -> None:
-        for key, value in record.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if key not in gauges:
-                gauges[key] = Gauge(
-                    f"nanoray_{stage}_{key}", description=f"{key} of {stage}", tag_keys=("run",)
-                )
-                gauges[key].set_default_tags({"run": run})
-            gauges[key].set(value)
-
-    return sink

@@ -1,0 +1,30 @@
+"""Our one way to a cluster: connect, preflight, the board of a run, the pool of actors.
+
+The only room below training that knows Ray.
+"""
+
+from nanoray.fleet.board import Board, StopWatch, gauge_sink
+from nanoray.fleet.connect import (
+    Needs,
+    check_resources,
+    connect,
+    local_object_store_bytes,
+    local_resources,
+    on_cluster,
+    preflight,
+)
+from nanoray.fleet.pool import ActorPool
+
+__all__ = [
+    "ActorPool",
+    "Board",
+    "Needs",
+    "StopWatch",
+    "check_resources",
+    "connect",
+    "gauge_sink",
+    "local_object_store_bytes",
+    "local_resources",
+    "on_cluster",
+    "preflight",
+]
