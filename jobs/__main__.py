@@ -6,6 +6,7 @@ JOBS = {
     "data": "download, build, repackage or inspect a corpus",
     "tokenizer": "train a tokenizer, or compare it with others",
     "pretrain": "pretrain a model from scratch, or go on with a run",
+    "eval": "bits per byte, samples, CORE, speed of a checkpoint",
 }
 
 

@@ -7,10 +7,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from jobs.data_progress import CountProgress, DownloadProgress
+from jobs.data_progress import DownloadProgress
+from jobs.progress import CountProgress
 from nanoray import storage
-from nanoray.config import UsageError, run_job
-from nanoray.config_data import BuildConfig, DownloadConfig, InspectConfig, RepackageConfig
+from nanoray.config import (
+    BuildConfig,
+    DownloadConfig,
+    InspectConfig,
+    RepackageConfig,
+    UsageError,
+    run_job,
+)
 from nanoray.data.build import build_docstrings, build_from
 from nanoray.data.corpus import Corpus
 from nanoray.data.download import PUBLISHED, download_corpus, wanted_shards
@@ -70,12 +77,8 @@ def download(config: DownloadConfig) -> int:
             observe=progress.observe,
             note=progress.note,
         )
-    print(
-        f"{done.fetched} shards fetched, {done.present} were there, "
-        f"{time.perf_counter() - start:.1f} s"
-    )
-    _summary(done.corpus, out_dir)
-    return 0
+    what = f"{done.fetched} shards fetched, {done.present} were there,"
+    return _made(what, start, done.corpus, out_dir)
 
 
 def build(config: BuildConfig) -> int:
@@ -86,9 +89,7 @@ def build(config: BuildConfig) -> int:
     what = f"{len(files)} file(s)" if files else "docstrings of the installed packages"
     print(f"{what} -> {out_dir}", flush=True)
     if config.dry_run:
-        storage.check_writable(out_dir)
-        print("dry run: sources and target are fine")
-        return 0
+        return _checked(out_dir)
     start = time.perf_counter()
     if config.source is None:
         with CountProgress("{:,} documents, {:,} bytes") as progress:
@@ -106,9 +107,7 @@ def build(config: BuildConfig) -> int:
                 config.on_bad_shard,
                 progress,
             )
-    print(f"built in {time.perf_counter() - start:.1f} s")
-    _summary(corpus, out_dir)
-    return 0
+    return _made("built in", start, corpus, out_dir)
 
 
 def repackage(config: RepackageConfig) -> int:
@@ -125,9 +124,7 @@ def repackage(config: RepackageConfig) -> int:
     files = expand(source)
     print(f"{len(files)} file(s) of {source} -> {out_dir}", flush=True)
     if config.dry_run:
-        storage.check_writable(out_dir)
-        print("dry run: sources and target are fine")
-        return 0
+        return _checked(out_dir)
     fleet.connect()
     start = time.perf_counter()
     with CountProgress("{:,} of {:,} shards") as progress:
@@ -141,9 +138,7 @@ def repackage(config: RepackageConfig) -> int:
             config.on_bad_shard,
             progress,
         )
-    print(f"repackaged in {time.perf_counter() - start:.1f} s")
-    _summary(corpus, out_dir)
-    return 0
+    return _made("repackaged in", start, corpus, out_dir)
 
 
 def inspect(config: InspectConfig) -> int:
@@ -156,7 +151,15 @@ def inspect(config: InspectConfig) -> int:
     return 1 if any(report.problems for report in reports) else 0
 
 
-def _summary(corpus: Corpus, out_dir: str) -> None:
+def _checked(out_dir: str) -> int:
+    storage.check_writable(out_dir)
+    print("dry run: sources and target are fine")
+    return 0
+
+
+def _made(what: str, start: float, corpus: Corpus, out_dir: str) -> int:
+    """Say what was made of a corpus since ``start``, and what it is now."""
+    print(f"{what} {time.perf_counter() - start:.1f} s")
     characters = f", {corpus.characters:,} characters" if corpus.characters else ""
     print(
         f"{out_dir}: {corpus.num_shards} shards (the last for validation), "
@@ -164,6 +167,7 @@ def _summary(corpus: Corpus, out_dir: str) -> None:
     )
     for kind, count in sorted((corpus.skipped or {}).items()):
         print(f"left out: {count:,} {kind.replace('_', ' ')}")
+    return 0
 
 
 if __name__ == "__main__":

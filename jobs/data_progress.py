@@ -1,4 +1,4 @@
-"""Progress of the data jobs: a bar on a terminal, plain lines elsewhere."""
+"""Progress of downloads: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,34 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-LINE_EVERY_S = 5.0
-
-
-class CountProgress:
-    """Two counts in a sentence: beside a spinner on a terminal, else a line every few seconds."""
-
-    def __init__(self, form: str) -> None:
-        self._form = form
-        self._console = Console(highlight=False)
-        self._status = self._console.status("reading") if self._console.is_terminal else None
-        self._last = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._status:
-            self._status.stop()
-
-    def __call__(self, done: int, other: int) -> None:
-        text = self._form.format(done, other)
-        if self._status:
-            self._status.update(text)
-        elif time.monotonic() - self._last >= LINE_EVERY_S:
-            self._last = time.monotonic()
-            self._console.print(text)
+from jobs.progress import LINE_EVERY_S
 
 
 class DownloadProgress:

@@ -8,7 +8,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-LINE_EVERY_S = 5.0  # between plain lines of steps
+LINE_EVERY_S = 5.0  # between plain lines
 
 
 def _duration(seconds: float) -> str:
@@ -81,3 +81,30 @@ class ProgressPrinter:
         if edge or now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
             self._print(text)
+
+
+class CountProgress:
+    """Two counts in a sentence: beside a spinner on a terminal, else a line every few seconds."""
+
+    def __init__(self, form: str) -> None:
+        self._form = form
+        self._console = Console(highlight=False)
+        self._status = self._console.status("reading") if self._console.is_terminal else None
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._status:
+            self._status.stop()
+
+    def __call__(self, done: int, other: int) -> None:
+        text = self._form.format(done, other)
+        if self._status:
+            self._status.update(text)
+        elif time.monotonic() - self._last >= LINE_EVERY_S:
+            self._last = time.monotonic()
+            self._console.print(text)

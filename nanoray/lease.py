@@ -114,6 +114,7 @@ class Lease:
                 f"{holder.get('pid')} on {holder.get('host')} (last sign of life {age_s:.0f} s "
                 f"ago); stop that one first, or take another --run"
             )
+        storage.remove_half_written(self.run_dir)
         self._write()
 
     def _write(self, released: bool = False) -> None:

@@ -236,16 +236,36 @@ def remove(uri: str) -> None:
         fs.rm(path, recursive=True)
 
 
+@contextlib.contextmanager
+def explained(problem: str, mend: str, *passing: type[Exception]) -> Iterator[None]:
+    """Tell a failure in the block as one sentence: every store has its own error classes.
+
+    Args:
+        passing: besides NanorayError, what the caller understands by itself.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (NanorayError, *passing)):
+            raise
+        cause = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        raise NanorayError(f"{problem} ({cause}); {mend}") from error
+
+
 def check_writable(uri: str) -> None:
     """Raise NanorayError unless a file can be written and deleted under ``uri``."""
     probe = join(uri, f".nanoray-probe-{uuid.uuid4().hex[:8]}")
-    try:
+    with explained(
+        f"storage {uri} is not writable",
+        "set NANORAY_HOME to a folder or bucket that you may write to",
+    ):
         write_bytes(probe, b"probe")
         remove(probe)
-    except NanorayError:
-        raise
-    except Exception as error:  # every store has its own error classes
-        raise NanorayError(
-            f"storage {uri} is not writable ({type(error).__name__}: {error}); set NANORAY_HOME "
-            f"to a folder or bucket that you may write to"
-        ) from error
+
+
+def remove_half_written(folder: str) -> None:
+    """Delete what killed writers left beside the files of a folder. Nobody may be writing there."""
+    if is_local(folder):  # object stores publish whole objects, and show nothing before
+        for name in list_names(folder):
+            if name.startswith(".") and name.endswith(".tmp"):
+                remove(join(folder, name))

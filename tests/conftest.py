@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh NANORAY_HOME for one test."""
     monkeypatch.setenv("NANORAY_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def local_root(tmp_path: Path) -> str:
+    """A folder for checkpoints."""
+    return str(tmp_path / "checkpoints")
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, local_root: str) -> str:
+    """A place for checkpoints: a folder, and a bucket of an object store."""
+    bucket = f"memory://bucket-{uuid.uuid4().hex[:8]}/checkpoints"
+    return local_root if request.param == "local" else bucket
 
 
 @pytest.fixture(scope="session")

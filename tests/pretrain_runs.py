@@ -15,6 +15,7 @@ from nanoray.data.blocks import local_blocks
 from nanoray.metrics import read_records
 from nanoray.train.plan import PretrainPlan, make_plan
 from nanoray.train.pretrain import Hooks, run_worker
+from nanoray.train.resume import choose_start
 from nanoray.train.world import World
 
 TINY = {
@@ -68,11 +69,13 @@ def work(
     world = World(rank, world_size, torch.device("cpu"))
     hooks = Hooks(stop_reason=stop_after(stop_step) if stop_step else lambda: "")
     torch.set_num_threads(1)
+    start = world.gather(choose_start(made, lambda _message: None).step)[0]
     return run_worker(
         made,
         world,
         lambda stream, tokenizer, cursor: local_blocks(stream, tokenizer, cursor, rank, world_size),
         hooks,
+        start,
     )
 
 

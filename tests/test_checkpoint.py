@@ -27,29 +27,19 @@ from checkpoints import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoray import checkpoint as checkpoint_module
 from nanoray import storage
 from nanoray.checkpoint import (
     Checkpoint,
     Snapshot,
+    delete,
     delete_incomplete,
     list_steps,
     open_latest,
     step_dir,
 )
+from nanoray.checkpoint import writer as writer_module
 from nanoray.errors import NanorayError
 from nanoray.optim.buckets import StateShard
-
-
-@pytest.fixture(params=["local", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "checkpoints") if request.param == "local" else new_bucket()
-
-
-@pytest.fixture
-def local_root(tmp_path: Path) -> str:
-    return str(tmp_path / "checkpoints")
-
 
 # --- what is written can be read, by any number of workers
 
@@ -131,8 +121,8 @@ def test_a_gap_and_an_overlap_between_shards(local_root: str) -> None:
 def test_saving_happens_in_the_background(local_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (writer,) = make_writers(local_root)
     go_on = threading.Event()
-    crc32 = checkpoint_module._crc32
-    monkeypatch.setattr(checkpoint_module, "_crc32", lambda path: go_on.wait() and crc32(path))
+    crc32 = writer_module.crc32_of
+    monkeypatch.setattr(writer_module, "crc32_of", lambda path: go_on.wait() and crc32(path))
     writer.save(make_snapshot(1, 0, 1))
     assert list_steps(local_root) == []
     go_on.set()
@@ -184,7 +174,7 @@ def test_an_old_one_that_cannot_be_deleted_does_not_harm_the_new_one(
     writers = make_writers(local_root, keep=1)
     save_step(writers, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "delete", denied)
+        patch.setattr(writer_module, "delete", denied)
         save_step(writers, 2)
     assert list_steps(local_root) == [1, 2]
     assert_latest(local_root, 2)
@@ -220,7 +210,7 @@ def test_a_half_deleted_checkpoint_does_not_count(
 
     monkeypatch.setattr(storage, "remove", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint_module.delete(local_root, 2)
+        delete(local_root, 2)
     assert_latest(local_root, 1)
 
 

@@ -26,26 +26,17 @@ from checkpoints import (
     save_step,
 )
 
-from nanoray import checkpoint as checkpoint_module
 from nanoray import storage
 from nanoray.checkpoint import (
     Snapshot,
+    delete,
     delete_incomplete,
     list_steps,
     open_latest,
 )
+from nanoray.checkpoint import writer as writer_module
 from nanoray.errors import NanorayError
 from nanoray.lease import LeaseLostError
-
-
-@pytest.fixture(params=["local", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "checkpoints") if request.param == "local" else new_bucket()
-
-
-@pytest.fixture
-def local_root(tmp_path: Path) -> str:
-    return str(tmp_path / "checkpoints")
 
 
 def full_disk(*_args: object, **_options: object) -> None:
@@ -172,7 +163,7 @@ def test_a_lease_lost_while_saving_publishes_nothing(local_root: str) -> None:
 def test_a_worker_that_never_writes_its_part(
     local_root: str, monkeypatch: pytest.MonkeyPatch, other_attempt: bool
 ) -> None:
-    monkeypatch.setattr(checkpoint_module, "PART_DEADLINE_S", 0.2)
+    monkeypatch.setattr(writer_module, "PART_DEADLINE_S", 0.2)
     save_step(make_writers(local_root, world_size=2), 1)
     first = make_writers(local_root, world_size=2)[0]
     if other_attempt:  # the note of a killed start is none of ours
@@ -295,7 +286,7 @@ def test_a_full_disk(small_disk: Path) -> None:
     assert_latest(root, 2)
     delete_incomplete(root)
     assert sorted(os.listdir(root)) == ["step_000001", "step_000002"]
-    checkpoint_module.delete(root, 1)
+    delete(root, 1)
     save_step(writers, 3)
     assert_latest(root, 3)
 
@@ -313,7 +304,7 @@ def test_a_disk_that_fills_up_at_every_moment(small_disk: Path) -> None:
             save_step(make_writers(root, keep=3), 2)
             outcomes.add("saved")
             assert_latest(root, 2)
-            checkpoint_module.delete(root, 2)
+            delete(root, 2)
         except NanorayError as error:
             assert "No space left" in str(error)  # noqa: PT017
             outcomes.add("failed")

@@ -189,7 +189,7 @@ def test_validation_rows_are_a_fixed_budget(corpus: str, tokenizer: Tokenizer) -
     assert rows(1000).shape == (32, T + 1)
     np.testing.assert_array_equal(rows(1000), rows(100_000_000)[:32])
     with pytest.raises(NanorayError, match="validation shard holds too little text"):
-        validation_rows(groups, tokenizer, sequence_len=10**6, num_tokens=10, on_bad="fail")
+        validation_rows(groups, tokenizer, sequence_len=50_000, num_tokens=10, on_bad="fail")
 
 
 def test_block_and_slab_sizes() -> None:

@@ -116,6 +116,7 @@ def test_docstrings_smallest_package_first_and_deduplicated(
     assert sorted(t.split()[0] for t in kept) == ["single:"] + ["small"] * 3
 
 
+@pytest.mark.slow
 def test_docstrings_of_this_environment_are_reproducible(tmp_path: Path) -> None:
     one = build_docstrings(str(tmp_path / "a"), max_bytes=150_000, num_workers=1)
     two = build_docstrings(str(tmp_path / "b"), max_bytes=150_000, num_workers=2)

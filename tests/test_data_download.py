@@ -234,6 +234,7 @@ def start_job(home: Path, url: str, *flags: str, prelude: str = "") -> subproces
     )
 
 
+@pytest.mark.slow
 def test_sigkill_and_again_goes_on_from_the_part(tmp_path: Path) -> None:
     body = make_shard(tmp_path, 4000)
     part = tmp_path / "home/data/climbmix/.download/shard_06542.parquet.part"
@@ -257,6 +258,7 @@ def test_sigkill_and_again_goes_on_from_the_part(tmp_path: Path) -> None:
     assert (tmp_path / "home/data/climbmix/shard_06542.parquet").read_bytes() == body
 
 
+@pytest.mark.slow
 def test_two_jobs_fetch_each_shard_once(tmp_path: Path, shard: bytes) -> None:
     with FaultServer(default=shard) as server:
         server.pause_s = 0.05

@@ -52,13 +52,11 @@ def check(packed: PackedUnit, lengths: list[int], T: int) -> None:
     assert packed.tokens_in == sum(lengths)
     assert packed.tokens_cropped == sum(lengths) - len(used)
     assert packed.pieces == (rows == BOS).sum()
-    starts_of_documents = set(np.cumsum([1, *lengths])[:-1].tolist())
-    for row in rows:
-        for here, then in pairwise(row.tolist()):
-            # Within a piece the text goes on without a gap and never into the next document.
-            if here != BOS and then != BOS:
-                assert then == here + 1
-                assert then not in starts_of_documents
+    here, then = rows[:, :-1], rows[:, 1:]
+    within = (here != BOS) & (then != BOS)
+    # Within a piece the text goes on without a gap and never into the next document.
+    assert (then[within] == here[within] + 1).all()
+    assert not np.isin(then[within], np.cumsum([1, *lengths])[:-1]).any()
     # What is left over after the last row is less than a row; cuts lose less than a tail each.
     min_tail = max(1, min(MIN_TAIL, T // 8))
     cuts = len(rows) + sum(length > T for length in lengths)

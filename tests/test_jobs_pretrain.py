@@ -112,25 +112,30 @@ def test_a_failed_run_says_so_in_its_summary(home: Path, corpus: str, tokenizer_
     assert (summary["status"], summary["error"]) == ("failed", "the disk is full")
 
 
+@pytest.mark.slow
 def test_the_command_line_itself(flags: Flags) -> None:
     """Exit codes and messages of the real process."""
 
-    def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def start(*words: str, **env: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "jobs.pretrain", *words]
-        return subprocess.run(
-            command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | env, stdout=pipe, stderr=pipe, text=True
         )
 
-    bad = run("--no-such-flag", "1")
+    bad = start("--no-such-flag", "1")
+    missing = start(*flags(corpus="nowhere"))
+    deaf = start(*flags(), RAY_ADDRESS="127.0.0.1:1")
+    bad.communicate()
     assert bad.returncode == 2
-    missing = run(*flags(corpus="nowhere"))
-    assert (missing.returncode, missing.stdout) == (1, "")
-    assert missing.stderr.startswith("error: no corpus at")
-    assert len(missing.stderr.splitlines()) == 1
-    deaf = run(*flags(), RAY_ADDRESS="127.0.0.1:1")
+    stdout, stderr = missing.communicate()
+    assert (missing.returncode, stdout) == (1, "")
+    assert stderr.startswith("error: no corpus at")
+    assert len(stderr.splitlines()) == 1
+    _stdout, stderr = deaf.communicate()
     assert deaf.returncode == 1
-    assert "cluster at RAY_ADDRESS=127.0.0.1:1 cannot be joined" in deaf.stderr
-    assert "Traceback" not in deaf.stderr
+    assert "cluster at RAY_ADDRESS=127.0.0.1:1 cannot be joined" in stderr
+    assert "Traceback" not in stderr
 
 
 def test_progress_on_a_terminal_and_elsewhere() -> None:

@@ -104,6 +104,27 @@ def eventually(condition: Callable[[], bool], deadline_s: float = 10) -> None:
         time.sleep(0.01)
 
 
+def test_the_next_holder_clears_what_a_killed_one_left_half_written(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL between writing aside and renaming; its place is taken by a process that is gone."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_paths: os._exit(9))
+        child = os.fork()
+        if child == 0:
+            storage.write_text(storage.join(run_dir, "lease.json"), "{}")
+            os._exit(0)  # not reached
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    storage.write_text(storage.join(run_dir, ".hidden"), "mine")
+    (left_over,) = Path(run_dir).glob(".lease.json.*.tmp")
+    lease = Lease(run_dir)
+    assert not left_over.exists()
+    assert sorted(set(os.listdir(run_dir)) - {".lease.lock"}) == [".hidden", "lease.json"]
+    with pytest.raises(NanorayError, match="is being written by process"):
+        Lease(run_dir)
+    lease.release()
+
+
 def test_take_and_release(run_dir: str) -> None:
     lease = Lease(run_dir)
     assert content(run_dir)["token"] == lease.token

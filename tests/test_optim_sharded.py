@@ -195,7 +195,9 @@ def total_losses(results: list[dict[str, Any]]) -> Tensor:
     return torch.tensor([r["losses"] for r in results]).sum(dim=0)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    "world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+)
 def test_worlds_agree(world_size: int) -> None:
     one, many = world(1), world(world_size)
     for name, expected in one[0]["gradients"].items():
@@ -221,10 +223,16 @@ def test_same_inputs_same_bits() -> None:
         assert torch.equal(p, second["params"][name])
 
 
+@functools.cache
+def half_by_two_ranks() -> list[dict[str, Any]]:
+    """Half of the steps, by two ranks."""
+    return run_gloo(train, 2, 0, NUM_STEPS // 2)
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_saved_by_two_ranks_continues_anywhere(world_size: int) -> None:
     half = NUM_STEPS // 2
-    saved_by = run_gloo(train, 2, 0, half)
+    saved_by = half_by_two_ranks()
     saved = {"params": saved_by[0]["params"], "states": assemble(saved_by)}
     if world_size == 1:
         rest = [train(0, 1, half, NUM_STEPS, saved)]
@@ -239,6 +247,7 @@ def test_saved_by_two_ranks_continues_anywhere(world_size: int) -> None:
             assert torch.equal(p, rest[0]["params"][name]), "resuming must be bitwise"
 
 
+@pytest.mark.slow
 def test_states_are_shared_out() -> None:
     """Each of 4 ranks holds about a quarter, and a matrix belongs to one rank."""
     results = world(4)

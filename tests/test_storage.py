@@ -6,7 +6,6 @@ import errno
 import os
 import subprocess
 import sys
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +16,6 @@ from hypothesis import strategies as st
 
 from nanoray import storage
 from nanoray.errors import NanorayError
-
-
-@pytest.fixture(params=["local", "memory"])
-def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "local":
-        return str(tmp_path / "root")
-    return f"memory://bucket-{uuid.uuid4().hex[:8]}/root"
 
 
 def debris(folder: Path) -> list[str]:

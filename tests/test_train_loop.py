@@ -20,6 +20,7 @@ from nanoray.data.writer import write_shard
 from nanoray.errors import NanorayError
 from nanoray.train.plan import PretrainPlan
 from nanoray.train.pretrain import Hooks, PretrainWorker
+from nanoray.train.resume import StartLostError, choose_start
 from nanoray.train.step import micro_batches
 from nanoray.train.watch import LossWatch, Progress, TrainingHealthError
 from nanoray.train.world import World
@@ -260,3 +261,35 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert run_plan(plan)["status"] == "finished"
     assert losses(plan) == losses(whole)
     assert storage.exists(storage.join(plan.checkpoints_dir, "step_000020", "manifest.json"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer_00000.safetensors", "meta.json"])
+def test_a_checkpoint_that_breaks_after_it_was_chosen_ends_the_start(
+    home: Path, corpus: str, tokenizer_dir: str, name: str
+) -> None:
+    plan = tiny_plan(corpus, tokenizer_dir, "lost", save_every=5)
+    run_plan(plan, stop_step=12)
+    start = choose_start(plan, pytest.fail)
+    assert start.step == 12
+    broken = Path(plan.checkpoints_dir, "step_000012", name)
+    content = bytearray(broken.read_bytes())
+    content[-1] ^= 1
+    broken.write_bytes(content)
+    with pytest.raises(StartLostError, match=f"step_000012/{name} is damaged"):
+        PretrainWorker(plan, World(0, 1, torch.device("cpu")), Hooks(), start.step)
+    warnings: list[str] = []
+    assert choose_start(plan, warnings.append).step == 10, "the next start takes the one before"
+    assert len(warnings) == 1
+
+
+def test_no_worker_looks_for_a_checkpoint_by_itself(
+    home: Path, corpus: str, tokenizer_dir: str
+) -> None:
+    """A later one, which a worker of a lost start may still publish, is not taken."""
+    plan = tiny_plan(corpus, tokenizer_dir, "chosen", save_every=5)
+    run_plan(plan, stop_step=12)
+    world = World(0, 1, torch.device("cpu"))
+    for step in (10, 0):
+        worker = PretrainWorker(plan, world, Hooks(), step)
+        worker.close()
+        assert worker.progress.step == step

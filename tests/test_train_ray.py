@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+import ray.train
 from conftest import make_texts
-from pretrain_runs import hashes, losses, tiny_flags, tiny_plan, weights
+from pretrain_runs import hashes, losses, run_plan, tiny_flags, tiny_plan, weights
 
 from nanoray.checkpoint import list_steps
 from nanoray.data.writer import write_shard
@@ -83,6 +85,40 @@ def test_a_killed_worker_is_restarted_without_a_hand(
     assert losses(plan) == losses(undisturbed)
     assert hashes(plan) == hashes(undisturbed)
     assert weights(plan, STEPS) == weights(undisturbed, STEPS)
+
+
+def test_a_checkpoint_that_breaks_between_stream_and_workers(
+    home: Path,
+    corpus: str,
+    tokenizer_dir: str,
+    undisturbed: PretrainPlan,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = tiny_plan(
+        corpus, tokenizer_dir, "broken", num_iterations=STEPS, num_workers="2", save_every=10
+    )
+    run_plan(plan, 2, stop_step=20)
+    assert list_steps(plan.checkpoints_dir) == [10, 20]
+
+    def damage_and_train(config: dict[str, Any]) -> None:
+        """As the workers begin, what the stream has already taken up breaks under them."""
+        latest = Path(config["plan"]["run_dir"], "checkpoints", "step_000020")
+        if ray.train.get_context().get_world_rank() == 0 and latest.exists():
+            model = latest / "model.safetensors"
+            model.write_bytes(model.read_bytes()[:-7])
+        ray_glue._train_loop(config)
+
+    monkeypatch.setattr(ray_glue, "_train_loop", damage_and_train)
+    records: list[dict[str, Any]] = []
+    summary = fit(plan, records.append)
+    assert summary["status"] == "finished"
+    assert len([r for r in records if "workers" in r]) == 2, "the first start fails, for all"
+    (warning,) = [r["warning"] for r in records if "warning" in r]
+    assert "step_000020/model.safetensors is damaged" in warning
+    assert next(r["step"] for r in records if "loss" in r) == 11
+    assert hashes(plan) == hashes(undisturbed), "the stream went back with the workers"
+    early = [losses(plan)[step] for step in range(1, 31)]
+    assert early == pytest.approx([losses(undisturbed)[step] for step in range(1, 31)], abs=1e-4)
 
 
 def test_elastic_workers_train_on_the_same_rows(

@@ -265,15 +265,12 @@ class FileFetch:
             raise _Retry(f"the body is damaged ({error.reason})") from error
 
     def _publish(self) -> None:
-        try:
+        with storage.explained(
+            f"{self.uri} could not be uploaded",
+            "check NANORAY_HOME and run the command again",
+            OSError,
+        ):
             storage.upload(self.part, self.uri)
-        except OSError:
-            raise
-        except Exception as error:  # every store has its own error classes
-            raise NanorayError(
-                f"{self.uri} could not be uploaded ({_first_line(error)}); check NANORAY_HOME and "
-                f"run the command again"
-            ) from error
         self._drop()
 
     def _part_bytes(self) -> int:

@@ -59,20 +59,17 @@ def sample_naive(
     return outputs
 
 
-def sample_report(
-    logits: Callable[[Tensor], Tensor],
-    tokenizer: Tokenizer,
-    *,
-    step: int,
-    seed: int,
-    device: torch.device,
-    num_free: int = 3,
-    free_tokens: int = 64,
-) -> str:
-    """A Markdown section: the seven prompts continued greedily, and free samples."""
+# (prompts, most new tokens, temperature) -> new ids of each prompt, without a stop token.
+Generate = Callable[[list[list[int]], int, float], list[list[int]]]
 
-    def continue_(prompts: list[list[int]], max_tokens: int, temperature: float) -> list[str]:
-        outputs = sample_naive(
+
+def naive_generate(
+    logits: Callable[[Tensor], Tensor], tokenizer: Tokenizer, seed: int, device: torch.device
+) -> Generate:
+    """`sample_naive` as `sample_report` wants it; BOS ends an answer."""
+
+    def generate(prompts: list[list[int]], max_tokens: int, temperature: float) -> list[list[int]]:
+        return sample_naive(
             logits,
             prompts,
             max_tokens=max_tokens,
@@ -81,12 +78,29 @@ def sample_report(
             seed=seed,
             device=device,
         )
+
+    return generate
+
+
+def sample_report(
+    generate: Generate,
+    tokenizer: Tokenizer,
+    *,
+    step: int,
+    num_free: int = 3,
+    free_tokens: int = 64,
+) -> str:
+    """A Markdown section: the seven prompts continued greedily, and free samples."""
+
+    def continue_(prompts: list[list[int]], max_tokens: int, temperature: float) -> list[str]:
+        outputs = generate(prompts, max_tokens, temperature)
         return [tokenizer.decode(ids).replace("\n", " ⏎ ") for ids in outputs]
 
     bos = tokenizer.bos_id
     lines = [f"## Step {step}", ""]
     greedy = continue_([[bos, *tokenizer.encode(prompt)] for prompt in PROMPTS], 16, 0.0)
     lines += [f"- {prompt}**{text}**" for prompt, text in zip(PROMPTS, greedy)]
-    lines += ["", "Without a prompt:", ""]
-    lines += [f"- {text}" for text in continue_([[bos]] * num_free, free_tokens, 0.8)]
+    if num_free:
+        lines += ["", "Without a prompt:", ""]
+        lines += [f"- {text}" for text in continue_([[bos]] * num_free, free_tokens, 0.8)]
     return "\n".join(lines) + "\n"

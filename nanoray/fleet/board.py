@@ -20,6 +20,14 @@ class Board:
         self._records: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._stop = ""
         self._verdict: dict[str, Any] = {}
+        self._start_step = 0
+
+    def start_from(self, step: int) -> None:
+        """Which checkpoint the workers that start next go on from."""
+        self._start_step = step
+
+    def start_step(self) -> int:
+        return self._start_step
 
     def post(self, record: dict[str, Any]) -> None:
         self._records.append(record)

@@ -111,6 +111,11 @@ def local_object_store_bytes() -> int:
     return max(limit, 100 * 2**20)
 
 
+def has_gpus() -> bool:
+    """Whether the connected cluster has any GPU."""
+    return bool(ray.cluster_resources().get("GPU"))
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a plan needs of a cluster.

@@ -7,30 +7,25 @@ then validation, samples, a checkpoint. What needs a cluster is handed in throug
 from __future__ import annotations
 
 import contextlib
-import json
-import resource
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from nanoray import storage
 from nanoray.checkpoint import (
     Checkpoint,
     CheckpointWriter,
+    DamagedCheckpointError,
     Snapshot,
     delete_incomplete,
-    open_latest,
 )
 from nanoray.data.blocks import Block, Cursor, StepRows, started, step_rows
-from nanoray.data.plan import StreamPlan, validation_rows
+from nanoray.data.plan import StreamPlan
 from nanoray.errors import NanorayError
-from nanoray.evals.bpb import bits_and_bytes
-from nanoray.evals.sample import sample_report
+from nanoray.evals.sample import naive_generate, sample_report
 from nanoray.metrics import MetricsLog, Record, Sink
 from nanoray.model.compile import compile_model
 from nanoray.model.gpt import GPT
@@ -40,7 +35,10 @@ from nanoray.optim.schedule import Schedule
 from nanoray.optim.sharded import MuonAdamW
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.plan import PretrainPlan
+from nanoray.train.record import record_samples, record_summary, summary
+from nanoray.train.resume import StartLostError
 from nanoray.train.step import TrainStep
+from nanoray.train.validation import Validation
 from nanoray.train.watch import LossWatch, Progress, TrainingHealthError
 from nanoray.train.world import World
 
@@ -73,17 +71,22 @@ class Hooks:
 
 
 def run_worker(
-    plan: PretrainPlan, world: World, open_blocks: OpenBlocks, hooks: Hooks
+    plan: PretrainPlan, world: World, open_blocks: OpenBlocks, hooks: Hooks, start_step: int = 0
 ) -> dict[str, Any]:
-    """Train from the latest checkpoint to the horizon, or until told to stop.
+    """Train to the horizon, or until told to stop.
+
+    Args:
+        start_step: of the checkpoint to go on from (0: from the beginning); the same on all
+            workers, chosen by `choose_start`.
 
     Returns:
         The run's summary (the same on all workers).
 
     Raises:
         NanorayError: bad data, a broken loss, a checkpoint that cannot be saved, a lost lease.
+        StartLostError: the checkpoint has been damaged since it was chosen.
     """
-    worker = PretrainWorker(plan, world, hooks)
+    worker = PretrainWorker(plan, world, hooks, start_step)
     try:
         return worker.run(open_blocks)
     finally:
@@ -93,19 +96,18 @@ def run_worker(
 class PretrainWorker:
     """The state of one worker: model, optimiser, progress, and where numbers go."""
 
-    def __init__(self, plan: PretrainPlan, world: World, hooks: Hooks) -> None:
+    def __init__(self, plan: PretrainPlan, world: World, hooks: Hooks, start_step: int = 0) -> None:
         self.plan, self.world, self.hooks = plan, world, hooks
         self.config = plan.config
         self.tokenizer = load_tokenizer(plan.tokenizer_dir)
-        self.token_bytes = self.tokenizer.token_bytes()
         self.stream = plan.stream(self.tokenizer)
         self.dtype = pick_compute_dtype(world.device, self.config["dtype"])
         self.micro_rows = plan.micro_rows(world.size)
         if world.is_first:
             delete_incomplete(plan.checkpoints_dir)
-        self._start_validation_rows()
+        self.validation = Validation(plan, self.tokenizer, world)
         self._build()
-        self._resume()
+        self._resume(start_step)
         self.step = TrainStep(self._loss_sum, self.optimizer, world, self.micro_rows)
         self.loss_watch = LossWatch(
             self.config["spike_factor"],
@@ -160,15 +162,17 @@ class PretrainWorker:
         loss: torch.Tensor = self.train_model(inputs, targets)
         return loss
 
-    def _resume(self) -> None:
+    def _resume(self, start_step: int) -> None:
         self.progress, self.slab_first_step = Progress(), 0
         self.slab: Cursor | None = Cursor()
         self.epoch = 0
-        checkpoint = open_latest(self.plan.checkpoints_dir, self._warn)
-        if checkpoint is None:
+        if not start_step:
             return
-        with checkpoint:
-            self._load(checkpoint)
+        try:
+            with Checkpoint(self.plan.checkpoints_dir, start_step) as checkpoint:
+                self._load(checkpoint)
+        except DamagedCheckpointError as error:  # it was whole when it was chosen
+            raise StartLostError(str(error)) from error
 
     def _load(self, checkpoint: Checkpoint) -> None:
         meta = checkpoint.meta
@@ -178,32 +182,9 @@ class PretrainWorker:
         self.slab = Cursor(meta["cursor"]["unit"], meta["cursor"]["row"])
         self.slab_first_step = meta["cursor"]["first_step"]
 
-    def _warn(self, message: str) -> None:
-        if self.world.is_first:
-            self.hooks.post({"warning": message})
-
     def _open_log(self) -> MetricsLog:
         uri = storage.join(self.plan.run_dir, "metrics.jsonl")
         return MetricsLog(uri, self.progress.step, [*self.hooks.sinks, self.hooks.post])
-
-    def _start_validation_rows(self) -> None:
-        """Tokenize the validation budget beside the first steps, not before them."""
-        self._validation: np.ndarray | Exception | None = None
-
-        def load() -> None:
-            try:
-                self._validation = validation_rows(
-                    self.plan.validation_row_groups(),
-                    self.tokenizer,
-                    sequence_len=self.plan.model_config.sequence_len,
-                    num_tokens=self.config["eval_tokens"],
-                    on_bad=self.config["on_bad_shard"],
-                )
-            except Exception as error:  # raised again in the training thread
-                self._validation = error
-
-        self._validation_thread = threading.Thread(target=load, name="validation", daemon=True)
-        self._validation_thread.start()
 
     def run(self, open_blocks: OpenBlocks) -> dict[str, Any]:
         plan, progress = self.plan, self.progress
@@ -288,7 +269,7 @@ class PretrainWorker:
         problem = self.loss_watch.problem(loss)
         if not problem:
             return
-        units = sorted({u for part in self.world.gather(rows.units) for u in part})  # type: ignore[attr-defined]
+        units = sorted({u for part in self.world.gather(rows.units) for u in part})
         where = ", ".join(f"unit {u} ({self.stream.describe_unit(u)})" for u in units)
         raise TrainingHealthError(
             f"stopped at step {self.progress.step}: {problem}; the batch's rows come from "
@@ -315,45 +296,22 @@ class PretrainWorker:
             self.hooks.report({"step": step, **record})
 
     def _validate(self) -> dict[str, float]:
-        self._validation_thread.join()
-        if isinstance(self._validation, Exception):
-            raise self._validation
-        assert self._validation is not None
         start = time.perf_counter()
-        self.train_model.eval()
-        bits, num_bytes = bits_and_bytes(
-            lambda inputs, targets: self.train_model(inputs, targets, reduction="none"),
-            self._validation[self.world.rank :: self.world.size],
-            self.token_bytes,
-            self.micro_rows,
-            self.world.device,
-        )
-        self.train_model.train()
-        bits = self.world.sum_float(bits)
-        (num_bytes,) = self.world.sum_ints([num_bytes])
-        self.progress.validated(bits / num_bytes)
-        record = {"val_bpb": bits / num_bytes, "eval_s": time.perf_counter() - start}
+        bpb = self.validation.bits_per_byte(self.train_model)
+        self.progress.validated(bpb)
+        record = {"val_bpb": bpb, "eval_s": time.perf_counter() - start}
         if self.log:
             self.log.log({"step": self.progress.step, **record})
         return record
 
     def _sample(self) -> None:
         self.model.eval()
-        text = sample_report(
-            self.model,
-            self.tokenizer,
-            step=self.progress.step,
-            seed=self.config["seed"],
-            device=self.world.device,
+        generate = naive_generate(
+            self.model, self.tokenizer, self.config["seed"], self.world.device
         )
+        text = sample_report(generate, self.tokenizer, step=self.progress.step)
         self.model.train()
-        uri = storage.join(self.plan.run_dir, "samples.md")
-        before = (
-            storage.read_text(uri) if storage.exists(uri) else f"# Samples of {self.plan.run}\n"
-        )
-        # A resumed run takes the place of the samples that it makes again.
-        kept = before.split(f"\n## Step {self.progress.step}\n")[0].rstrip("\n")
-        storage.write_text(uri, f"{kept}\n\n{text}")
+        record_samples(self.plan, self.progress.step, text)
         self.hooks.post({"samples": text})
 
     def _save(self) -> None:
@@ -402,41 +360,14 @@ class PretrainWorker:
         }
 
     def _summary(self, status: str) -> dict[str, Any]:
-        plan, progress = self.plan, self.progress
-        tokens = progress.step * plan.total_batch_size
-        tokens_per_s = tokens / progress.train_s if progress.train_s else 0.0
-        if self.world.device.type == "cuda":
-            peak_memory = torch.cuda.max_memory_allocated()
-        else:
-            peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {
-            "run": plan.run,
-            "stage": "pretrain",
-            "status": status,
-            "step": progress.step,
-            "num_iterations": plan.num_iterations,
-            "params": plan.num_parameters,
-            "tokens": tokens,
-            "flops": tokens * plan.flops_per_token,
-            "train_s": progress.train_s,
-            "tokens_per_s": tokens_per_s,
-            "mfu": self._mfu(tokens_per_s),
-            "peak_memory_bytes": peak_memory,
-            "loss": progress.loss,
-            "val_bpb": progress.val_bpb,
-            "min_val_bpb": progress.min_val_bpb,
-            "metrics": {
-                "documents": progress.documents,
-                "documents_skipped": progress.documents_skipped,
-                "cropped_fraction": progress.tokens_cropped / max(1, progress.tokens_in),
-            },
-        }
+        progress = self.progress
+        tokens = progress.step * self.plan.total_batch_size
+        mfu = self._mfu(tokens / progress.train_s if progress.train_s else 0.0)
+        return summary(self.plan, progress, status, mfu, self.world.device)
 
     def _write_summary(self, status: str) -> None:
         self.hooks.guard()  # a worker that outlived its driver must not write over another's
-        summary = {k: v for k, v in self._summary(status).items() if v is not None}
-        uri = storage.join(self.plan.run_dir, "summary.json")
-        storage.write_text(uri, json.dumps(summary, indent=1) + "\n")
+        record_summary(self.plan, self._summary(status))
 
     def close(self) -> None:
         """Let a save under way finish: after an error it is what the next start goes on from."""

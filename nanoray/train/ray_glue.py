@@ -20,7 +20,6 @@ from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from nanoray import fleet, storage
-from nanoray.checkpoint import open_latest
 from nanoray.config import parse_worker_range
 from nanoray.data.blocks import Block, Cursor
 from nanoray.data.plan import StreamPlan
@@ -32,6 +31,7 @@ from nanoray.model.precision import pick_device
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.plan import PretrainPlan
 from nanoray.train.pretrain import Hooks, run_worker
+from nanoray.train.resume import StartPoint, choose_start
 from nanoray.train.world import World
 
 DATA_CPUS = 1  # at least, for tasks that tokenize and pack
@@ -155,9 +155,9 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
     local = not fleet.on_cluster()
 
     def dataset() -> ray.data.Dataset:
-        # Called in Ray Train's controller at every start of the workers.
+        # Called in Ray Train's controller at every start, before the workers train.
         tokenizer = load_tokenizer(plan.tokenizer_dir)
-        cursor = _latest_cursor(plan)
+        cursor = _begin_start(plan, board).slab
         concurrency = 2 if local else None  # on one machine packing takes cores from training
         return training_dataset(plan.stream(tokenizer), cursor, plan.tokenizer_dir, concurrency)
 
@@ -194,13 +194,15 @@ def _ray_storage(plan: PretrainPlan) -> str:
     return storage.join(plan.run_dir, ".ray")
 
 
-def _latest_cursor(plan: PretrainPlan) -> Cursor:
-    checkpoint = open_latest(plan.checkpoints_dir, lambda _message: None)
-    if checkpoint is None:
-        return Cursor()
-    with checkpoint:
-        cursor = checkpoint.meta["cursor"]
-        return Cursor(cursor["unit"], cursor["row"])
+def _begin_start(plan: PretrainPlan, board: Any) -> StartPoint:
+    """Choose the checkpoint that stream and workers go on from, and tell the workers."""
+    try:
+        start = choose_start(plan, lambda message: board.post.remote({"warning": message}))
+    except NanorayError as error:  # no restart mends it
+        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
+        raise
+    ray.get(board.start_from.remote(start.step), timeout=30)
+    return start
 
 
 def _train_loop(config: dict[str, Any]) -> None:
@@ -224,6 +226,9 @@ def _train_loop(config: dict[str, Any]) -> None:
 
     stop_watch = fleet.StopWatch(board) if world.is_first else None
     post = lambda record: board.post.remote(dict(record))  # noqa: E731
+    # The first worker asks, for all: they go on from one checkpoint.
+    asked: int = ray.get(board.start_step.remote(), timeout=30) if world.is_first else 0
+    start_step = world.gather(asked)[0]
     processes = world.gather(f"{socket.gethostname()}:{os.getpid()}")
     if world.is_first:
         post({"workers": processes})
@@ -233,10 +238,10 @@ def _train_loop(config: dict[str, Any]) -> None:
         stop_reason=stop_watch or (lambda: ""),
         guard=lambda: check_token(plan.run_dir, config["token"]),
         sinks=_sinks(plan) if world.is_first else [],
-        attempt=str(processes[0]).rsplit(":", 1)[-1],
+        attempt=processes[0].rsplit(":", 1)[-1],
     )
     try:
-        summary = run_worker(plan, world, open_blocks, hooks)
+        summary = run_worker(plan, world, open_blocks, hooks, start_step)
         if world.is_first:
             ray.get(board.conclude.remote(summary), timeout=30)
     except NanorayError as error:

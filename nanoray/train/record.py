@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import resource
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanoray import storage
 from nanoray.checkpoint import list_steps
 from nanoray.errors import NanorayError
 from nanoray.train.plan import PretrainPlan
+from nanoray.train.watch import Progress
 
 # A run resumed under its name may change these; anything else would change what it computes.
 MAY_CHANGE = {
@@ -99,7 +103,54 @@ def record_config(plan: PretrainPlan) -> None:
 def record_failure(plan: PretrainPlan, error: str) -> None:
     """Say in ``summary.json`` that the run failed, and why; what it had reached stays."""
     with contextlib.suppress(OSError, ValueError):
-        summary = {"run": plan.run, "stage": "pretrain", **_read_summary(plan)}
-        summary |= {"status": "failed", "error": error}
-        uri = storage.join(plan.run_dir, "summary.json")
-        storage.write_text(uri, json.dumps(summary, indent=1) + "\n")
+        figures = {"run": plan.run, "stage": "pretrain", **_read_summary(plan)}
+        figures |= {"status": "failed", "error": error}
+        record_summary(plan, figures)
+
+
+def record_samples(plan: PretrainPlan, step: int, text: str) -> None:
+    """Append to ``samples.md``; a resumed run takes the place of what it makes again."""
+    uri = storage.join(plan.run_dir, "samples.md")
+    before = storage.read_text(uri) if storage.exists(uri) else f"# Samples of {plan.run}\n"
+    kept = before.split(f"\n## Step {step}\n")[0].rstrip("\n")
+    storage.write_text(uri, f"{kept}\n\n{text}")
+
+
+def summary(
+    plan: PretrainPlan, progress: Progress, status: str, mfu: float, device: torch.device
+) -> dict[str, Any]:
+    """The figures of a run as they stand; None where there are none yet."""
+    tokens = progress.step * plan.total_batch_size
+    if device.type == "cuda":
+        peak_memory_bytes = torch.cuda.max_memory_allocated()
+    else:
+        peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "run": plan.run,
+        "stage": "pretrain",
+        "status": status,
+        "step": progress.step,
+        "num_iterations": plan.num_iterations,
+        "params": plan.num_parameters,
+        "tokens": tokens,
+        "flops": tokens * plan.flops_per_token,
+        "train_s": progress.train_s,
+        "tokens_per_s": tokens / progress.train_s if progress.train_s else 0.0,
+        "mfu": mfu,
+        "peak_memory_bytes": peak_memory_bytes,
+        "loss": progress.loss,
+        "val_bpb": progress.val_bpb,
+        "min_val_bpb": progress.min_val_bpb,
+        "metrics": {
+            "documents": progress.documents,
+            "documents_skipped": progress.documents_skipped,
+            "cropped_fraction": progress.tokens_cropped / max(1, progress.tokens_in),
+        },
+    }
+
+
+def record_summary(plan: PretrainPlan, figures: dict[str, Any]) -> None:
+    """Write ``summary.json``; what was not measured is absent."""
+    known = {key: value for key, value in figures.items() if value is not None}
+    uri = storage.join(plan.run_dir, "summary.json")
+    storage.write_text(uri, json.dumps(known, indent=1) + "\n")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+Gathered = TypeVar("Gathered")
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ class World:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return int(largest.item())
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: Gathered) -> list[Gathered]:
         """Every worker's value, on every worker. For rare moments: it pickles (our own data)."""
         if self.size == 1:
             return [value]
-        values: list[object] = [None] * self.size
+        values = [value] * self.size
         dist.all_gather_object(values, value)
         return values
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from nanoray.config import JobConfig
+from nanoray.config.base import JobConfig
 
 
 class DownloadConfig(JobConfig):

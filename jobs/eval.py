@@ -1,0 +1,209 @@
+"""``python -m jobs.eval bpb|sample|core|infer``: what a checkpoint can do."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jobs.progress import CountProgress
+from nanoray import storage
+from nanoray.config import (
+    BpbConfig,
+    CoreConfig,
+    EvalConfig,
+    InferConfig,
+    SampleConfig,
+    UsageError,
+    run_job,
+)
+from nanoray.errors import NanorayError
+
+USAGE = (
+    "usage: python -m jobs.eval bpb|sample|core|infer [flags]; --help after the word lists "
+    "the flags"
+)
+ITEM_DEADLINE_S = 3600.0
+
+
+def main(argv: Sequence[str]) -> int:
+    commands: dict[str, tuple[type[Any], Callable[[Any], int]]] = {
+        "bpb": (BpbConfig, bpb),
+        "sample": (SampleConfig, sample),
+        "core": (CoreConfig, core),
+        "infer": (InferConfig, infer),
+    }
+    if not argv or argv[0] not in commands:
+        if argv and argv[0] in ("-h", "--help"):
+            print(f"{__doc__}\n\n{USAGE}")
+            return 0
+        raise UsageError(USAGE)
+    config_type, command = commands[argv[0]]
+    return command(config_type.parse(argv[1:], f"python -m jobs.eval {argv[0]}"))
+
+
+def bpb(config: BpbConfig) -> int:
+    from nanoray.evals.suites import BpbSuite
+
+    loaded = _loaded(config)
+    corpus_dir = storage.data_dir(config.corpus or loaded.meta["plan"]["corpus_dir"])
+    suite = BpbSuite(corpus_dir, config.eval_tokens, config.device_batch_size)
+    return _evaluate("bpb", config, suite)
+
+
+def sample(config: SampleConfig) -> int:
+    from nanoray.evals.suites import SampleSuite
+
+    return _evaluate(
+        "sample", config, SampleSuite(config.num_free, config.free_tokens, config.seed)
+    )
+
+
+def core(config: CoreConfig) -> int:
+    from nanoray.evals.suites import CoreSuite
+
+    if not config.bundle:
+        raise NanorayError("give the eval bundle's folder: --bundle PATH")
+    labels = tuple(label.strip() for label in config.tasks.split(",") if label.strip())
+    suite = CoreSuite(storage.normalize(config.bundle), labels, config.max_per_task)
+    suite.items()  # a bundle with mistakes is refused before anything starts
+    return _evaluate("core", config, suite)
+
+
+def infer(config: InferConfig) -> int:
+    from nanoray.evals.infer import measure
+    from nanoray.evals.suites import Report
+
+    loaded = _loaded(config)
+    if config.dry_run:
+        print(f"dry run: {loaded.path} is fine")
+        return 0
+    found = measure(
+        loaded.model,
+        [int(size) for size in config.batch_sizes.split(",")],
+        prompt_tokens=config.prompt_tokens,
+        new_tokens=config.new_tokens,
+        repeats=config.repeats,
+        seed=config.seed,
+    )
+    rows = [
+        (
+            str(row.batch_size),
+            f"{row.ttft_s * 1000:.1f} ms",
+            f"{row.token_s * 1000:.2f} ms",
+            f"{row.prefill_tokens_per_s:,.0f}",
+            f"{row.decode_tokens_per_s:,.0f}",
+            f"{row.mfu:.1%}",
+            f"{row.bandwidth_use:.1%}",
+        )
+        for row in found
+    ]
+    header = ("batch", "TTFT", "per token", "prefill tok/s", "decode tok/s", "MFU", "bandwidth")
+    metrics = {
+        f"infer/{key}@{row.batch_size}": value
+        for row in found
+        for key, value in row.to_dict().items()
+        if key != "batch_size"
+    }
+    _tell("infer", config, loaded.path, Report(metrics, header, rows), seconds=0.0)
+    return 0
+
+
+def _loaded(config: EvalConfig) -> Any:
+    from nanoray.checkpoint import load_model
+
+    assert config.run is not None
+    return load_model(config.run, config.step, dtype=config.dtype)
+
+
+def _evaluate(name: str, config: EvalConfig, suite: Any) -> int:
+    """Run a suite, print what it found, and keep the report beside the checkpoint."""
+    from nanoray import fleet
+    from nanoray.evals.suites import ModelSource
+
+    loaded = _loaded(config)  # here too, so that a mistake is told before anything starts
+    items = suite.items()
+    alone = config.num_actors == 1 and not fleet.on_cluster()
+    if config.dry_run:
+        where = "this process" if alone else f"{config.num_actors} actors"
+        print(f"dry run: {loaded.path} is fine, {len(items)} items for {where}")
+        return 0
+    start = time.perf_counter()
+    results: list[Any] = [None] * len(items)
+    done: Iterator[tuple[int, Any]]
+    with CountProgress(name + ": {} of {}") as progress:
+        if alone:
+            work = suite.worker(loaded)
+            done = ((i, work(item)) for i, item in enumerate(items))
+        else:
+            assert config.run is not None
+            source = ModelSource(config.run, loaded.step, config.dtype)
+            done = _spread(name, config, suite, source)
+        for count, (index, result) in enumerate(done, 1):
+            results[index] = result
+            progress(count, len(items))
+    _tell(name, config, loaded.path, suite.report(results), time.perf_counter() - start)
+    return 0
+
+
+def _spread(name: str, config: EvalConfig, suite: Any, source: Any) -> Iterator[tuple[int, Any]]:
+    """The suite's (index, result) from actors, as they come."""
+    from nanoray import fleet
+    from nanoray.evals.suites import threads_per_actor
+
+    fleet.connect()
+    gpus = config.gpus_per_actor
+    if gpus is None:
+        gpus = float(fleet.has_gpus())
+    needs = fleet.Needs(config.num_actors, config.cpus_per_actor, gpus, 0, 0, 0)
+    fleet.preflight(needs)
+    if not gpus:
+        source = replace(source, num_threads=threads_per_actor(config.num_actors))
+    items = suite.items()
+    pool: fleet.ActorPool[Any, Any] = fleet.ActorPool(
+        lambda: suite.worker(source.load()),
+        min(config.num_actors, len(items)),
+        name=f"eval-{name}",
+        num_cpus=config.cpus_per_actor,
+        num_gpus=gpus,
+    )
+    try:
+        yield from pool.map(items, ITEM_DEADLINE_S)
+    finally:
+        pool.close()
+
+
+def _tell(name: str, config: EvalConfig, path: str, report: Any, seconds: float) -> None:
+    from nanoray.evals.suites import evals_dir
+
+    console = Console(highlight=False)
+    if report.rows:
+        table = Table(*report.header)
+        for row in report.rows:
+            table.add_row(*row)
+        console.print(table)
+    if report.text:
+        print(report.text)
+    folder = evals_dir(path)
+    for file, text in report.files.items():
+        storage.write_text(storage.join(folder, file), text)
+    record = {
+        "stage": "eval",
+        "suite": name,
+        "checkpoint": path,
+        "seconds": round(seconds, 3),
+        "config": config.model_dump(mode="json"),
+        "metrics": report.metrics,
+    }
+    uri = storage.join(folder, f"{name}.json")
+    storage.write_text(uri, json.dumps(record, indent=1) + "\n")
+    print(f"figures: {uri}")
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,29 @@
+"""Checkpoints: the only writer and deleter of them.
+
+``checkpoints/step_000500/`` holds ``model.safetensors``, ``optimizer_<n>.safetensors`` (tensors
+named ``<parameter>/<state>@<first row>``), ``meta.json``, the tokenizer's files, and, written
+last, ``manifest.json``; without it the folder does not count. Every worker writes the optimiser
+rows it owns; the index in the manifest finds any rows again for any other number of workers.
+Nothing is pickled.
+
+    loaded = load_model("demo")        # model, tokenizer, meta: all that inference needs
+"""
+
+from nanoray.checkpoint.folder import delete, delete_incomplete, list_steps, step_dir
+from nanoray.checkpoint.loading import LoadedModel, load_model
+from nanoray.checkpoint.reader import Checkpoint, DamagedCheckpointError, open_latest
+from nanoray.checkpoint.writer import CheckpointWriter, Snapshot
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "DamagedCheckpointError",
+    "LoadedModel",
+    "Snapshot",
+    "delete",
+    "delete_incomplete",
+    "list_steps",
+    "load_model",
+    "open_latest",
+    "step_dir",
+]

@@ -1,0 +1,41 @@
+"""Typed configuration of the jobs: flags, environment, YAML, and the recipe's presets.
+
+A value is taken from the first of: a flag (``--total-batch-size``), an environment variable
+(``NANORAY_TOTAL_BATCH_SIZE``), the YAML file given by ``--config``, the default. Unknown keys
+are errors in all of them. A field whose default is ``None`` follows from the dial or from the
+recipe.
+
+Every job's configuration is imported here, so that whichever job runs knows the variables of all.
+"""
+
+from nanoray.config.base import (
+    JobConfig,
+    UsageError,
+    check_environment,
+    parse_worker_range,
+    run_job,
+)
+from nanoray.config.data import BuildConfig, DownloadConfig, InspectConfig, RepackageConfig
+from nanoray.config.eval import BpbConfig, CoreConfig, EvalConfig, InferConfig, SampleConfig
+from nanoray.config.pretrain import RECIPES, PretrainConfig
+from nanoray.config.tokenizer import TokenizerConfig
+
+__all__ = [
+    "RECIPES",
+    "BpbConfig",
+    "BuildConfig",
+    "CoreConfig",
+    "DownloadConfig",
+    "EvalConfig",
+    "InferConfig",
+    "InspectConfig",
+    "JobConfig",
+    "PretrainConfig",
+    "RepackageConfig",
+    "SampleConfig",
+    "TokenizerConfig",
+    "UsageError",
+    "check_environment",
+    "parse_worker_range",
+    "run_job",
+]

@@ -1,0 +1,16 @@
+"""The one engine for everything that samples: chat, evaluation, reinforcement learning, serving.
+
+    engine = Engine(model, tokenizer)
+    completions = engine.generate([prompt], SamplingParams(temperature=0))
+    async for delta in engine.stream(prompt, params): ...
+
+Six files, in reading order: slots (which sequence lies where), cached (the forward pass over
+slots), sampling, request (text, stops, tools), scheduler (the step), engine (the door). No Ray.
+"""
+
+from nanoray.engine.cached import CachedModel, KVCache
+from nanoray.engine.engine import Engine
+from nanoray.engine.request import Completion, Delta
+from nanoray.engine.sampling import SamplingParams
+
+__all__ = ["CachedModel", "Completion", "Delta", "Engine", "KVCache", "SamplingParams"]

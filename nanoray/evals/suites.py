@@ -1,0 +1,229 @@
+"""The suites of `jobs.eval`: how each one's work is cut into items and its results merged.
+
+A suite is a plain value that travels to the actors. An item's result depends on nothing but the
+suite, the item and the model, so figures do not depend on how many actors there are.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from nanoray import storage
+from nanoray.checkpoint import LoadedModel, load_model
+from nanoray.data.plan import validation_rows
+from nanoray.data.shards import list_shards, row_groups, split_shards
+from nanoray.engine import Engine, SamplingParams
+from nanoray.evals.bpb import bits_and_bytes
+from nanoray.evals.core import ExampleResult, core_csv, core_metric, evaluate_examples, task_result
+from nanoray.evals.core_bundle import Task, read_bundle
+from nanoray.evals.core_score import CachedScorer
+from nanoray.evals.sample import sample_report
+
+_BPB_CHUNKS = 16  # items of a split
+_CORE_CHUNK = 128  # examples of an item
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model an actor loads, and how.
+
+    Attributes:
+        where: run name, or folder or URI of a run or checkpoint.
+        num_threads: of torch on a CPU; 0 leaves them as they are.
+    """
+
+    where: str
+    step: int | None = None
+    dtype: str = "auto"
+    num_threads: int = 0
+
+    def load(self) -> LoadedModel:
+        if self.num_threads:
+            torch.set_num_threads(self.num_threads)
+        return load_model(self.where, self.step, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a suite found: figures, a table to print, files to keep beside report.json."""
+
+    metrics: dict[str, float]
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    text: str = ""
+
+
+class Suite(Protocol):
+    """One evaluation."""
+
+    def items(self) -> Sequence[Any]:
+        """The work, in a fixed order."""
+        ...
+
+    def worker(self, loaded: LoadedModel) -> Callable[[Any], Any]:
+        """Called once in every actor; returns the function of one item."""
+        ...
+
+    def report(self, results: Sequence[Any]) -> Report:
+        """Merge the items' results, given in the order of the items."""
+        ...
+
+
+@dataclass(frozen=True)
+class BpbSuite:
+    """Bits per byte of both splits of a corpus, over a fixed budget of tokens each."""
+
+    corpus_dir: str
+    eval_tokens: int
+    batch_rows: int
+
+    def items(self) -> list[tuple[str, int]]:
+        return [(split, i) for split in ("train", "val") for i in range(_BPB_CHUNKS)]
+
+    def worker(self, loaded: LoadedModel) -> Callable[[tuple[str, int]], tuple[float, int]]:
+        model, tokenizer = loaded.model, loaded.tokenizer
+
+        @functools.cache
+        def rows(split: str) -> np.ndarray:
+            train, validation = split_shards(list_shards(self.corpus_dir))
+            return validation_rows(
+                row_groups(validation if split == "val" else train),
+                tokenizer,
+                sequence_len=model.config.sequence_len,
+                num_tokens=self.eval_tokens,
+                on_bad="fail",
+            )
+
+        def work(item: tuple[str, int]) -> tuple[float, int]:
+            split, i = item
+            chunk = np.array_split(rows(split), _BPB_CHUNKS)[i]
+            return bits_and_bytes(
+                lambda inputs, targets: model(inputs, targets, reduction="none"),
+                chunk,
+                tokenizer.token_bytes(),
+                self.batch_rows,
+                model.cos.device,
+            )
+
+        return work
+
+    def report(self, results: Sequence[tuple[float, int]]) -> Report:
+        metrics = {}
+        for split in ("train", "val"):
+            parts = [r for (name, _), r in zip(self.items(), results) if name == split]
+            metrics[f"{split}_bpb"] = sum(bits for bits, _ in parts) / sum(n for _, n in parts)
+        rows = [(split, f"{value:.4f}") for split, value in metrics.items()]
+        return Report(metrics, ("split", "bits per byte"), rows)
+
+
+@dataclass(frozen=True)
+class SampleSuite:
+    """The seven fixed prompts, continued greedily, and samples without a prompt."""
+
+    num_free: int
+    free_tokens: int
+    seed: int
+
+    def items(self) -> list[None]:
+        return [None]
+
+    def worker(self, loaded: LoadedModel) -> Callable[[None], str]:
+        engine = Engine(loaded.model, loaded.tokenizer, num_slots=8)
+        stop = loaded.tokenizer.bos_id
+
+        def generate(
+            prompts: list[list[int]], max_tokens: int, temperature: float
+        ) -> list[list[int]]:
+            params = [
+                SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=self.seed + i)
+                for i in range(len(prompts))
+            ]
+            completions = engine.generate(prompts, params)
+            return [[t for t in c.tokens if t != stop] for c in completions]
+
+        def work(_item: None) -> str:
+            return sample_report(
+                generate,
+                loaded.tokenizer,
+                step=loaded.step,
+                num_free=self.num_free,
+                free_tokens=self.free_tokens,
+            )
+
+        return work
+
+    def report(self, results: Sequence[str]) -> Report:
+        return Report({}, files={"samples.md": results[0]}, text=results[0])
+
+
+@dataclass(frozen=True)
+class CoreSuite:
+    """The DCLM CORE metric."""
+
+    bundle: str
+    labels: tuple[str, ...]
+    max_per_task: int
+
+    def tasks(self) -> list[Task]:
+        tasks = read_bundle(self.bundle, self.labels or None)
+        if self.max_per_task > 0:
+            tasks = [task.sample(self.max_per_task) for task in tasks]
+        return tasks
+
+    def items(self) -> list[tuple[str, int, int]]:
+        return [
+            (task.label, start, min(start + _CORE_CHUNK, len(task.examples)))
+            for task in self.tasks()
+            for start in range(0, len(task.examples), _CORE_CHUNK)
+        ]
+
+    def worker(
+        self, loaded: LoadedModel
+    ) -> Callable[[tuple[str, int, int]], tuple[str, list[ExampleResult]]]:
+        tasks = {task.label: task for task in self.tasks()}
+        scorer = CachedScorer(loaded.model, loaded.tokenizer)
+
+        def work(item: tuple[str, int, int]) -> tuple[str, list[ExampleResult]]:
+            label, start, stop = item
+            return label, evaluate_examples(tasks[label], range(start, stop), scorer)
+
+        return work
+
+    def report(self, results: Sequence[tuple[str, list[ExampleResult]]]) -> Report:
+        found = {
+            task.label: task_result(
+                task, [r for label, part in results if label == task.label for r in part]
+            )
+            for task in self.tasks()
+        }
+        metrics = {f"core/{label}": result.centered for label, result in found.items()}
+        metrics["core"] = core_metric(found)
+        rows = [(name, f"{r.accuracy:.4f}", f"{r.centered:.4f}") for name, r in found.items()]
+        rows.append(("CORE", "", f"{metrics['core']:.4f}"))
+        header = ("task", "accuracy", "centred")
+        return Report(metrics, header, rows, files={"core.csv": core_csv(found)})
+
+
+def run_locally(suite: Suite, source: ModelSource) -> Report:
+    """All of a suite in this process: what any number of actors must equal."""
+    work = suite.worker(source.load())
+    return suite.report([work(item) for item in suite.items()])
+
+
+def evals_dir(model_path: str) -> str:
+    """Where figures of a checkpoint are kept: ``<run>/evals/step_000500``."""
+    run, _, step = model_path.rstrip("/").partition("/checkpoints/")
+    return storage.join(run, "evals", step) if step else storage.join(run, "evals")
+
+
+def threads_per_actor(num_actors: int) -> int:
+    """Cores shared among actors on one machine."""
+    return max(1, (os.cpu_count() or 1) // num_actors)
