@@ -22,6 +22,7 @@ from nanoray.config import (
     UsageError,
     run_job,
 )
+from nanoray.data.shards import list_shards, split_shards
 from nanoray.errors import NanorayError
 
 USAGE = (
@@ -50,28 +51,37 @@ def main(argv: Sequence[str]) -> int:
 def bpb(config: BpbConfig) -> int:
     from nanoray.evals.suites import BpbSuite
 
-    loaded = _loaded(config)
-    corpus_dir = storage.data_dir(config.corpus or loaded.meta["plan"]["corpus_dir"])
-    suite = BpbSuite(corpus_dir, config.eval_tokens, config.device_batch_size)
+    def suite(subject: Any) -> BpbSuite:
+        corpus = config.corpus
+        if not corpus and subject.loaded is None:
+            raise NanorayError("give the text to measure on: --corpus NAME")
+        corpus_dir = storage.data_dir(corpus or subject.loaded.meta["plan"]["corpus_dir"])
+        split_shards(list_shards(corpus_dir))  # a corpus that is not there is told now
+        return BpbSuite(corpus_dir, config.eval_tokens, config.device_batch_size)
+
     return _evaluate("bpb", config, suite)
 
 
 def sample(config: SampleConfig) -> int:
     from nanoray.evals.suites import SampleSuite
 
-    return _evaluate(
-        "sample", config, SampleSuite(config.num_free, config.free_tokens, config.seed)
-    )
+    suite = SampleSuite(config.num_free, config.free_tokens, config.seed)
+    return _evaluate("sample", config, lambda _subject: suite)
 
 
 def core(config: CoreConfig) -> int:
+    from nanoray.evals.core_download import download_bundle
     from nanoray.evals.suites import CoreSuite
 
-    if not config.bundle:
-        raise NanorayError("give the eval bundle's folder: --bundle PATH")
-    labels = tuple(label.strip() for label in config.tasks.split(",") if label.strip())
-    suite = CoreSuite(storage.normalize(config.bundle), labels, config.max_per_task)
-    suite.items()  # a bundle with mistakes is refused before anything starts
+    def suite(_subject: Any) -> CoreSuite:
+        if config.bundle:
+            bundle = storage.normalize(config.bundle)
+        else:
+            with CountProgress("{:,} of {:,} bytes of the CORE bundle") as progress:
+                bundle = download_bundle(observe=lambda done, total: progress(done, total or 0))
+        labels = tuple(label.strip() for label in config.tasks.split(",") if label.strip())
+        return CoreSuite(bundle, labels, config.max_per_task)
+
     return _evaluate("core", config, suite)
 
 
@@ -79,12 +89,13 @@ def infer(config: InferConfig) -> int:
     from nanoray.evals.infer import measure
     from nanoray.evals.suites import Report
 
-    loaded = _loaded(config)
+    subject = _source(config).load()
     if config.dry_run:
-        print(f"dry run: {loaded.path} is fine")
+        print(f"dry run: {subject.checkpoint.path} is fine")
         return 0
+    start = time.perf_counter()
     found = measure(
-        loaded.model,
+        subject.checkpoint.model,
         [int(size) for size in config.batch_sizes.split(",")],
         prompt_tokens=config.prompt_tokens,
         new_tokens=config.new_tokens,
@@ -110,44 +121,43 @@ def infer(config: InferConfig) -> int:
         for key, value in row.to_dict().items()
         if key != "batch_size"
     }
-    _tell("infer", config, loaded.path, Report(metrics, header, rows), seconds=0.0)
+    seconds = time.perf_counter() - start
+    _tell("infer", config, subject.folder, Report(metrics, header, rows), seconds)
     return 0
 
 
-def _loaded(config: EvalConfig) -> Any:
-    from nanoray.checkpoint import load_model
-
-    assert config.run is not None
-    return load_model(config.run, config.step, dtype=config.dtype)
-
-
-def _evaluate(name: str, config: EvalConfig, suite: Any) -> int:
-    """Run a suite, print what it found, and keep the report beside the checkpoint."""
-    from nanoray import fleet
+def _source(config: EvalConfig) -> Any:
     from nanoray.evals.suites import ModelSource
 
-    loaded = _loaded(config)  # here too, so that a mistake is told before anything starts
+    return ModelSource(config.run, config.step, getattr(config, "hf_path", None), config.dtype)
+
+
+def _evaluate(name: str, config: EvalConfig, make_suite: Callable[[Any], Any]) -> int:
+    """Run a suite, print what it found, and keep the report beside the checkpoint."""
+    from nanoray import fleet
+
+    source = _source(config)
+    subject = source.load()  # here too, so that a mistake is told before anything starts
+    suite = make_suite(subject)
     items = suite.items()
     alone = config.num_actors == 1 and not fleet.on_cluster()
     if config.dry_run:
         where = "this process" if alone else f"{config.num_actors} actors"
-        print(f"dry run: {loaded.path} is fine, {len(items)} items for {where}")
+        print(f"dry run: model and data are fine, {len(items)} items for {where}")
         return 0
     start = time.perf_counter()
     results: list[Any] = [None] * len(items)
     done: Iterator[tuple[int, Any]]
     with CountProgress(name + ": {} of {}") as progress:
         if alone:
-            work = suite.worker(loaded)
+            work = suite.worker(subject)
             done = ((i, work(item)) for i, item in enumerate(items))
         else:
-            assert config.run is not None
-            source = ModelSource(config.run, loaded.step, config.dtype)
             done = _spread(name, config, suite, source)
         for count, (index, result) in enumerate(done, 1):
             results[index] = result
             progress(count, len(items))
-    _tell(name, config, loaded.path, suite.report(results), time.perf_counter() - start)
+    _tell(name, config, subject.folder, suite.report(results), time.perf_counter() - start)
     return 0
 
 
@@ -178,9 +188,7 @@ def _spread(name: str, config: EvalConfig, suite: Any, source: Any) -> Iterator[
         pool.close()
 
 
-def _tell(name: str, config: EvalConfig, path: str, report: Any, seconds: float) -> None:
-    from nanoray.evals.suites import evals_dir
-
+def _tell(name: str, config: EvalConfig, folder: str, report: Any, seconds: float) -> None:
     console = Console(highlight=False)
     if report.rows:
         table = Table(*report.header)
@@ -189,13 +197,11 @@ def _tell(name: str, config: EvalConfig, path: str, report: Any, seconds: float)
         console.print(table)
     if report.text:
         print(report.text)
-    folder = evals_dir(path)
     for file, text in report.files.items():
         storage.write_text(storage.join(folder, file), text)
     record = {
         "stage": "eval",
         "suite": name,
-        "checkpoint": path,
         "seconds": round(seconds, 3),
         "config": config.model_dump(mode="json"),
         "metrics": report.metrics,

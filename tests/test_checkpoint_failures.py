@@ -341,6 +341,7 @@ def test_three_kills_while_saving(local_root: str, forker: Forker) -> None:
     kill_while_saving(forker, local_root, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.soak
 def test_twenty_kills_while_saving(local_root: str, forker: Forker) -> None:
     kill_while_saving(forker, local_root, 20)

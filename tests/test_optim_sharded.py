@@ -195,8 +195,11 @@ def total_losses(results: list[dict[str, Any]]) -> Tensor:
     return torch.tensor([r["losses"] for r in results]).sum(dim=0)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "world_size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
+    "world_size", [2, pytest.param(3, marks=SLOW), pytest.param(4, marks=SLOW)]
 )
 def test_worlds_agree(world_size: int) -> None:
     one, many = world(1), world(world_size)

@@ -52,7 +52,7 @@ class BpbConfig(_AnyModelConfig):
     corpus: str | None = Field(
         None, description="corpus name or path (default: the one the run was trained on)"
     )
-    eval_tokens: int = Field(20 * 524288, ge=1, description="tokens of each of the two splits")
+    eval_tokens: int = Field(2**21, ge=1, description="tokens of each of the two splits")
     device_batch_size: int = Field(16, ge=1, description="rows of a forward pass")
 
 

@@ -18,6 +18,10 @@ from nanoray.errors import NanorayError
 from nanoray.model.gpt import GPT, SOFTCAP, norm, rotate
 from nanoray.model.loss import softcapped_logits
 
+# What one more call of the attention costs, in keys of a row that the same time would read. On a
+# CPU (d4, 4 heads of 64) a call takes 12 us and a key .06 us; on a GPU launches count most.
+_CALL_KEYS_CPU, _CALL_KEYS_GPU = 128, 1_000_000
+
 
 class KVCache:
     """Keys and values of every slot: per layer [slots, K, max_len + 1, D] in the compute dtype.
@@ -66,12 +70,13 @@ class _Layer:
 
 
 @dataclass(frozen=True)
-class _Reach:
-    """What the rows of a call see in layers of one window: keys first..last - 1, and the mask."""
+class _Run:
+    """Neighbouring rows in neighbouring slots, which attend to keys first..last - 1 in one call."""
 
-    first: int
-    last: int
-    bias: Tensor  # [B, 1, heads of a group * T, keys]: 0 or -inf
+    rows: slice
+    slots: slice
+    keys: slice
+    bias: Tensor | None  # [rows, 1, heads of a group * T, keys]: 0 or -inf; None if all is seen
 
 
 class CachedModel:
@@ -183,12 +188,11 @@ class CachedModel:
         positions_BT = starts_B1 + torch.arange(T, device=self.device)
         write_BT = torch.where(positions_BT < ends_B1, positions_BT, cache.max_len)
         positions_BT = torch.minimum(positions_BT, ends_B1 - 1)
-        reaches = {
-            window: self._reach(window, starts_B, ends_B, positions_BT)
+        runs = {
+            window: self._runs(window, slots_B, starts_B, ends_B, positions_BT)
             for window in {layer.window for layer in self._layers}
         }
         cos_BT1d, sin_BT1d = self._cos_T1d[positions_BT], self._sin_T1d[positions_BT]
-        runs = _runs(slots_B)
 
         x0_BTD = x_BTD = middle_BTD = self._embed(tokens_BT, previous_B1)
         for i, layer in enumerate(self._layers):
@@ -197,7 +201,7 @@ class CachedModel:
             keys_SKTD, values_SKTD = cache.keys[i], cache.values[i]
             keys_SKTD[slots_B1, :, write_BT] = k_BTKD
             values_SKTD[slots_B1, :, write_BT] = v_BTKD
-            out_BTD = self._attend(q_BTHD, keys_SKTD, values_SKTD, runs, reaches[layer.window])
+            out_BTD = self._attend(q_BTHD, keys_SKTD, values_SKTD, runs[layer.window])
             x_BTD = x_BTD + F.linear(out_BTD, layer.proj)
             hidden_BTM = F.linear(norm(x_BTD), layer.fc).relu_().square_()
             x_BTD = x_BTD + F.linear(hidden_BTM, layer.mlp_proj)
@@ -241,25 +245,54 @@ class CachedModel:
             v_BTKD = torch.addcmul(v_BTKD, gate_BTK1, ve_BTC.view_as(v_BTKD))
         return qk[:, :, :H], qk[:, :, H:], v_BTKD
 
-    def _reach(
-        self, window: int, starts_B: Sequence[int], ends_B: Sequence[int], positions_BT: Tensor
-    ) -> _Reach:
-        first, last = max(0, min(starts_B) - window), max(ends_B)
-        keys_S = torch.arange(first, last, device=self.device)
-        distance_BTS = positions_BT.unsqueeze(-1) - keys_S
-        hidden_BTS = (distance_BTS < 0) | (distance_BTS > window)
-        bias_BTS = torch.zeros(hidden_BTS.shape, dtype=self.compute_dtype, device=self.device)
-        bias_BTS.masked_fill_(hidden_BTS, -torch.inf)
+    def _runs(
+        self,
+        window: int,
+        slots_B: Sequence[int],
+        starts_B: Sequence[int],
+        ends_B: Sequence[int],
+        positions_BT: Tensor,
+    ) -> list[_Run]:
+        """Cut the rows into calls of the attention; what they see in layers of one window.
+
+        Attention reads the cache where it lies: to gather the keys of scattered slots would take
+        as long as to attend to them. Rows share a call unless that makes them read far more keys
+        than they see (rows of unlike lengths), for decoding is bound by reading keys.
+        """
+        call_keys = _CALL_KEYS_CPU if self.device.type == "cpu" else _CALL_KEYS_GPU
+        firsts_B = [max(0, start - window) for start in starts_B]
+        spans: list[tuple[int, int, int]] = []  # first row, first key, end of the keys
+        needed = 0
+        for b, (first, end) in enumerate(zip(firsts_B, ends_B)):
+            if b and slots_B[b] == slots_B[b - 1] + 1:
+                row, *keys = spans[-1]
+                joint = (min(first, keys[0]), max(end, keys[1]))
+                shared = (joint[1] - joint[0]) * (b + 1 - row)
+                if shared <= needed + end - first + call_keys:
+                    spans[-1], needed = (row, *joint), needed + end - first
+                    continue
+            spans.append((b, first, end))
+            needed = end - first
+        stops = [row for row, *_ in spans[1:]] + [len(slots_B)]
+        return [
+            self._run(window, slots_B[row], slice(row, stop), slice(*keys), positions_BT)
+            for (row, *keys), stop in zip(spans, stops)
+        ]
+
+    def _run(self, window: int, slot: int, rows: slice, keys: slice, positions_BT: Tensor) -> _Run:
+        slots = slice(slot, slot + rows.stop - rows.start)
+        if slots.stop - slots.start == 1 and positions_BT.size(1) == 1:
+            return _Run(rows, slots, keys, None)
+        keys_S = torch.arange(keys.start, keys.stop, device=self.device)
+        distance_RTS = positions_BT[rows].unsqueeze(-1) - keys_S
+        hidden_RTS = (distance_RTS < 0) | (distance_RTS > window)
+        bias_RTS = torch.zeros(hidden_RTS.shape, dtype=self.compute_dtype, device=self.device)
+        bias_RTS.masked_fill_(hidden_RTS, -torch.inf)
         group = self.config.n_head // self.config.n_kv_head
-        return _Reach(first, last, bias_BTS.repeat(1, group, 1).unsqueeze(1))
+        return _Run(rows, slots, keys, bias_RTS.repeat(1, group, 1).unsqueeze(1))
 
     def _attend(
-        self,
-        q_BTHD: Tensor,
-        keys_SKTD: Tensor,
-        values_SKTD: Tensor,
-        runs: list[_Run],
-        reach: _Reach,
+        self, q_BTHD: Tensor, keys_SKTD: Tensor, values_SKTD: Tensor, runs: list[_Run]
     ) -> Tensor:
         """Attention of each row over its slot: [B, T, H * D]. The heads of a group are rows."""
         B, T, H, D = q_BTHD.shape
@@ -267,37 +300,16 @@ class CachedModel:
         q_BKRD = q_BTHD.unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
         outs = [
             F.scaled_dot_product_attention(
-                q_BKRD[run.row : run.row + run.count],
-                keys_SKTD[run.slot : run.slot + run.count, :, reach.first : reach.last],
-                values_SKTD[run.slot : run.slot + run.count, :, reach.first : reach.last],
-                attn_mask=reach.bias[run.row : run.row + run.count],
+                q_BKRD[run.rows],
+                keys_SKTD[run.slots, :, run.keys],
+                values_SKTD[run.slots, :, run.keys],
+                attn_mask=run.bias,
                 scale=self.config.architecture.qk_scale**2 * D**-0.5,
             )
             for run in runs
         ]
         out_BKRD = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out_BKRD.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Rows row..row + count - 1 lie in the slots slot..slot + count - 1."""
-
-    row: int
-    slot: int
-    count: int
-
-
-def _runs(slots_B: Sequence[int]) -> list[_Run]:
-    """Neighbouring rows in neighbouring slots: attention reads their cache without a copy.
-
-    Gathering the rows' keys instead doubles the time of attention (d4, 16 rows, CPU).
-    """
-    firsts = [b for b in range(len(slots_B)) if b == 0 or slots_B[b] != slots_B[b - 1] + 1]
-    return [
-        _Run(first, slots_B[first], end - first)
-        for first, end in zip(firsts, [*firsts[1:], len(slots_B)])
-    ]
 
 
 def _shape(shape: torch.Size | None) -> str:

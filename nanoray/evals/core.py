@@ -7,6 +7,7 @@ workers, merged in any order, gives the same accuracy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class ExampleResult:
             of the continuation is the likeliest, else -1.
         margin: how far the decision was from falling otherwise: between the two best mean
             losses in nats, or between the continuation's and the other logits. Decisions closer
-            than rounding (1e-4) may differ between machines.
+            than rounding (1e-4) may differ between machines. Infinite where nothing competes.
     """
 
     index: int
@@ -67,8 +68,8 @@ def judge(task: Task, index: int, scores: Sequence[SpanScore]) -> ExampleResult:
         # An option without tokens has the loss NaN, which wins only as the first one. That is
         # no good rule, but nanochat's, by way of Python's min().
         prediction = min(range(len(losses)), key=losses.__getitem__)
-        others = [loss for i, loss in enumerate(losses) if i != prediction]
-        margin = min(abs(loss - losses[prediction]) for loss in others)
+        behind = [loss - losses[prediction] for i, loss in enumerate(losses) if i != prediction]
+        margin = min((loss for loss in behind if not math.isnan(loss)), default=math.inf)
     return ExampleResult(index, prediction, prediction == gold, margin)
 
 

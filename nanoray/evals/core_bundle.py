@@ -112,7 +112,9 @@ def _task_entries(folder: str) -> list[dict[str, Any]]:
         if not isinstance(entry, dict):
             raise NanorayError(f"{where} is not a mapping")
         label, data, kind = (entry.get(k) for k in ("label", "dataset_uri", "icl_task_type"))
-        shots, delimiter = entry.get("num_fewshot"), entry.get("continuation_delimiter", " ")
+        shots: Any = entry.get("num_fewshot")
+        delimiter = entry.get("continuation_delimiter", " ")
+        is_count = isinstance(shots, list) and len(shots) == 1 and type(shots[0]) is int
         if not isinstance(label, str) or not label:
             raise NanorayError(f"{where} has no label")
         if label in [other["label"] for other in entries[: number - 1]]:
@@ -123,7 +125,7 @@ def _task_entries(folder: str) -> list[dict[str, Any]]:
             raise NanorayError(f"{where}: icl_task_type is {kind!r}, and must be one of {kinds}")
         if not isinstance(data, str) or not is_inside(data):
             raise NanorayError(f"{where}: dataset_uri {data!r} is no path inside {DATA_FOLDER}/")
-        if not isinstance(shots, list) or len(shots) != 1 or not _is_count(shots[0]):
+        if not is_count or shots[0] < 0:
             raise NanorayError(f"{where}: num_fewshot is {shots!r}, and must be like [10]")
         if not isinstance(delimiter, str):
             raise NanorayError(f"{where}: continuation_delimiter {delimiter!r} is no text")
@@ -193,7 +195,7 @@ def parse_example(kind: Kind, line: str) -> Example:
         contexts, continuations = _texts(item, "context_options"), [_text(item, "continuation")]
     count = max(len(contexts), len(continuations))
     gold = item.get("gold")
-    if not _is_count(gold) or gold >= count:
+    if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < count:
         raise ValueError(f"gold is {gold!r}, and must be one of 0 to {count - 1}")
     if len(contexts) < count:
         contexts *= count
@@ -214,10 +216,6 @@ def _texts(item: dict[str, Any], key: str) -> list[str]:
     if not isinstance(values, list) or len(values) < 2:
         raise ValueError(f"{key} must be a list of at least two texts")
     return [_text({key: value}, key) for value in values]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def is_inside(path: str) -> bool:

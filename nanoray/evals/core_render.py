@@ -54,9 +54,9 @@ def render_prompts(task: Task, index: int) -> list[str]:
     """
     shots = []
     if task.num_fewshot:
-        others = [i for i in range(len(task.examples)) if i != index]
+        others = range(len(task.examples) - 1)  # all but the example itself
         chosen = random.Random(_FEWSHOT_SEED + index).sample(others, task.num_fewshot)
-        shots = [task.examples[i] for i in chosen]
+        shots = [task.examples[i + (i >= index)] for i in chosen]
     example = task.examples[index]
 
     def render(context: str, continuation: str) -> str:

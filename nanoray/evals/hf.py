@@ -43,7 +43,7 @@ def load_hf(
         ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             name, trust_remote_code=False, use_safetensors=True
         )
     except Exception as error:  # of a dozen classes: config, hub, safetensors, missing packages

@@ -23,11 +23,42 @@ from nanoray.engine import Engine, SamplingParams
 from nanoray.evals.bpb import bits_and_bytes
 from nanoray.evals.core import ExampleResult, core_csv, core_metric, evaluate_examples, task_result
 from nanoray.evals.core_bundle import Task, read_bundle
-from nanoray.evals.core_score import CachedScorer
+from nanoray.evals.core_score import CachedScorer, LanguageModel
+from nanoray.evals.hf import load_hf
 from nanoray.evals.sample import sample_report
+from nanoray.model.precision import pick_compute_dtype, pick_device
 
 _BPB_CHUNKS = 16  # items of a split
 _CORE_CHUNK = 128  # examples of an item
+_PROMPT_TOKENS = 64  # room for a fixed prompt and its 16 new tokens
+_HF_SEQUENCE_LEN = 2048  # rows for bits per byte, at most: ours of the recipe
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation: a checkpoint of ours, or a Hugging Face model.
+
+    Attributes:
+        folder: where its figures are kept.
+        tokenizer: what packing and bits per byte need of one.
+        token_losses: (inputs [B, T], targets [B, T]) -> losses [B, T] in nats.
+        sequence_len: T of the rows for bits per byte.
+        language_model: makes what CORE needs.
+        loaded: our checkpoint; None for another model, which only CORE and bpb can read.
+    """
+
+    folder: str
+    tokenizer: Any
+    token_losses: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    sequence_len: int
+    device: torch.device
+    language_model: Callable[[], LanguageModel]
+    loaded: LoadedModel | None = None
+
+    @property
+    def checkpoint(self) -> LoadedModel:
+        assert self.loaded is not None, "this suite is for checkpoints of ours"
+        return self.loaded
 
 
 @dataclass(frozen=True)
@@ -35,19 +66,50 @@ class ModelSource:
     """Which model an actor loads, and how.
 
     Attributes:
-        where: run name, or folder or URI of a run or checkpoint.
+        run: name, or folder or URI of a run or checkpoint; None for a Hugging Face model.
+        hf_path: its name on the hub, or its folder.
         num_threads: of torch on a CPU; 0 leaves them as they are.
     """
 
-    where: str
+    run: str | None
     step: int | None = None
+    hf_path: str | None = None
     dtype: str = "auto"
     num_threads: int = 0
 
-    def load(self) -> LoadedModel:
+    def load(self) -> Subject:
+        """Raises NanorayError where the model cannot be had."""
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
-        return load_model(self.where, self.step, dtype=self.dtype)
+        if self.hf_path:
+            return _hugging_face(self.hf_path, self.dtype)
+        assert self.run is not None
+        loaded = load_model(self.run, self.step, dtype=self.dtype)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        run, _, step = loaded.path.rstrip("/").partition("/checkpoints/")
+        return Subject(
+            folder=storage.join(run, "evals", step),
+            tokenizer=tokenizer,
+            token_losses=lambda inputs, targets: model(inputs, targets, reduction="none"),
+            sequence_len=model.config.sequence_len,
+            device=model.cos.device,
+            language_model=lambda: CachedScorer(model, tokenizer),
+            loaded=loaded,
+        )
+
+
+def _hugging_face(name: str, dtype: str) -> Subject:
+    device = pick_device()
+    model = load_hf(name, device, pick_compute_dtype(device, dtype))
+    short = name.rstrip("/").replace("/", "--").lstrip("-.")
+    return Subject(
+        folder=storage.join(storage.home(), "evals", short),
+        tokenizer=model,
+        token_losses=model.token_losses,
+        sequence_len=min(model.max_len, _HF_SEQUENCE_LEN),
+        device=device,
+        language_model=lambda: model,
+    )
 
 
 @dataclass(frozen=True)
@@ -68,7 +130,7 @@ class Suite(Protocol):
         """The work, in a fixed order."""
         ...
 
-    def worker(self, loaded: LoadedModel) -> Callable[[Any], Any]:
+    def worker(self, subject: Subject) -> Callable[[Any], Any]:
         """Called once in every actor; returns the function of one item."""
         ...
 
@@ -88,16 +150,16 @@ class BpbSuite:
     def items(self) -> list[tuple[str, int]]:
         return [(split, i) for split in ("train", "val") for i in range(_BPB_CHUNKS)]
 
-    def worker(self, loaded: LoadedModel) -> Callable[[tuple[str, int]], tuple[float, int]]:
-        model, tokenizer = loaded.model, loaded.tokenizer
+    def worker(self, subject: Subject) -> Callable[[tuple[str, int]], tuple[float, int]]:
+        token_bytes = subject.tokenizer.token_bytes()
 
         @functools.cache
         def rows(split: str) -> np.ndarray:
             train, validation = split_shards(list_shards(self.corpus_dir))
             return validation_rows(
                 row_groups(validation if split == "val" else train),
-                tokenizer,
-                sequence_len=model.config.sequence_len,
+                subject.tokenizer,
+                sequence_len=subject.sequence_len,
                 num_tokens=self.eval_tokens,
                 on_bad="fail",
             )
@@ -106,11 +168,7 @@ class BpbSuite:
             split, i = item
             chunk = np.array_split(rows(split), _BPB_CHUNKS)[i]
             return bits_and_bytes(
-                lambda inputs, targets: model(inputs, targets, reduction="none"),
-                chunk,
-                tokenizer.token_bytes(),
-                self.batch_rows,
-                model.cos.device,
+                subject.token_losses, chunk, token_bytes, self.batch_rows, subject.device
             )
 
         return work
@@ -135,8 +193,11 @@ class SampleSuite:
     def items(self) -> list[None]:
         return [None]
 
-    def worker(self, loaded: LoadedModel) -> Callable[[None], str]:
-        engine = Engine(loaded.model, loaded.tokenizer, num_slots=8)
+    def worker(self, subject: Subject) -> Callable[[None], str]:
+        loaded = subject.checkpoint
+        # A sample may be longer than the training context, as far as the rotary tables go.
+        max_len = max(loaded.model.config.sequence_len, _PROMPT_TOKENS + self.free_tokens)
+        engine = Engine(loaded.model, loaded.tokenizer, num_slots=8, max_len=max_len)
         stop = loaded.tokenizer.bos_id
 
         def generate(
@@ -186,14 +247,14 @@ class CoreSuite:
         ]
 
     def worker(
-        self, loaded: LoadedModel
+        self, subject: Subject
     ) -> Callable[[tuple[str, int, int]], tuple[str, list[ExampleResult]]]:
         tasks = {task.label: task for task in self.tasks()}
-        scorer = CachedScorer(loaded.model, loaded.tokenizer)
+        model = subject.language_model()
 
         def work(item: tuple[str, int, int]) -> tuple[str, list[ExampleResult]]:
             label, start, stop = item
-            return label, evaluate_examples(tasks[label], range(start, stop), scorer)
+            return label, evaluate_examples(tasks[label], range(start, stop), model)
 
         return work
 
@@ -210,18 +271,6 @@ class CoreSuite:
         rows.append(("CORE", "", f"{metrics['core']:.4f}"))
         header = ("task", "accuracy", "centred")
         return Report(metrics, header, rows, files={"core.csv": core_csv(found)})
-
-
-def run_locally(suite: Suite, source: ModelSource) -> Report:
-    """All of a suite in this process: what any number of actors must equal."""
-    work = suite.worker(source.load())
-    return suite.report([work(item) for item in suite.items()])
-
-
-def evals_dir(model_path: str) -> str:
-    """Where figures of a checkpoint are kept: ``<run>/evals/step_000500``."""
-    run, _, step = model_path.rstrip("/").partition("/checkpoints/")
-    return storage.join(run, "evals", step) if step else storage.join(run, "evals")
 
 
 def threads_per_actor(num_actors: int) -> int:

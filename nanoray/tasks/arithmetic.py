@@ -50,7 +50,11 @@ _GOING_ON = {
     "+": ("Then {n} buys {b} {t}.", "A friend brings {b} {t} more."),
     "-": ("Then {b} {t} get lost.", "Later {n} gives {b} {t} to a friend."),
 }
-_QUESTIONS = ("How many {t} are there now?", "How many {t} is that?")
+_QUESTIONS = {
+    "+": ("How many {t} are there now?", "How many {t} is that?"),
+    "-": ("How many {t} are left?", "How many {t} remain?"),
+    "*": ("How many {t} are there in all?", "How many {t} is that?"),
+}
 _OUTRIGHT_QUESTIONS = ("What is {a} {op} {b}?", "How much is {a} {op} {b}?", "{a} {op} {b} = ?")
 
 _Step = tuple[int, str, int]
@@ -133,4 +137,4 @@ def _ask(rng: random.Random, steps: list[_Step]) -> str:
     sentences = [rng.choice(_OPENINGS[op]).format(a=a, b=b, **words)]
     for _, op, b in steps[1:]:
         sentences.append(rng.choice(_GOING_ON[op]).format(b=b, **words))
-    return " ".join([*sentences, rng.choice(_QUESTIONS).format(**words)])
+    return " ".join([*sentences, rng.choice(_QUESTIONS[op]).format(**words)])

@@ -9,7 +9,7 @@ one of these, the others still hold, and the result names what held.
 from __future__ import annotations
 
 import dataclasses
-import json
+import marshal
 import os
 import platform
 import selectors
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, Literal
+from typing import Literal
 
 from nanoray.errors import NanorayError
 from nanoray.tools.jail import program
@@ -39,6 +39,16 @@ _OPTIONS = ("-S", "-s", "-P", "-B", "-X", "utf8")
 _TOOLS_FOLDER = os.path.dirname(__file__)
 _BOOT = "import sys; sys.path.append(sys.argv[1]); import jail; sys.path.pop(); "
 _BOOT += "sys.exit(jail.main(int(sys.argv[2])))"
+
+
+_STATUS_OF_END: dict[str, Status] = {
+    f"exit {program.EXIT_FINISHED}": "ok",
+    f"exit {program.EXIT_RAISED}": "error",
+    f"exit {program.EXIT_MEMORY}": "memory",
+    "memory": "memory",
+    "timeout": "timeout",
+    f"signal {int(signal.SIGXCPU)}": "timeout",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,15 +115,15 @@ def run_python(
         "disk_bytes": disk_bytes,
         "max_processes": max_processes,
         "isolation": sorted(ISOLATION),
-        "seccomp": (filter_program(machine, may_signal=True) or b"").hex(),
-        "seccomp_without_signals": (filter_program(machine, may_signal=False) or b"").hex(),
+        "seccomp": filter_program(machine, may_signal=True),
+        "seccomp_without_signals": filter_program(machine, may_signal=False),
     }
     with (
         tempfile.TemporaryDirectory(prefix="nanoray-", ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as settings_file,
     ):
         settings["folder"] = folder
-        settings_file.write(json.dumps(settings).encode())
+        marshal.dump(settings, settings_file)
         settings_file.seek(0)
         return _run(settings_file.fileno(), timeout_s, max_output_bytes)
 
@@ -141,13 +151,14 @@ def _run(settings_fd: int, timeout_s: float, max_output_bytes: int) -> SandboxRe
     stdout = _Pipe(process.stdout.fileno(), max_output_bytes)
     stderr = _Pipe(process.stderr.fileno(), max_output_bytes)
     with process.stdout, process.stderr, os.fdopen(status_fd):
-        report: dict[str, Any] = {}
+        report: dict[str, str] = {}
         try:
             duration_s = _follow(status, stdout, stderr, timeout_s)
-            for line in status.data.splitlines():
-                report |= json.loads(line)
+            for line in status.text().splitlines():
+                key, _, value = line.partition(" ")
+                report[key] = value
         finally:
-            isolation = frozenset(report.get("isolation", ()))
+            isolation = frozenset(report.get("isolation", "").split())
             if "end" not in report or "pid" not in isolation:
                 # Unwaited for, the group's leader keeps its number from being another's.
                 os.killpg(process.pid, signal.SIGKILL)
@@ -157,7 +168,7 @@ def _run(settings_fd: int, timeout_s: float, max_output_bytes: int) -> SandboxRe
         cause = stderr.text().strip().rpartition("\n")[2] or "no answer from its process"
         raise NanorayError(f"the sandbox did not start: {cause}")
     return SandboxResult(
-        status=_status(report, duration_s, timeout_s),
+        status=_status(report.get("end"), duration_s, timeout_s),
         stdout=stdout.text(),
         stderr=stderr.text(),
         truncated=stdout.truncated or stderr.truncated,
@@ -178,20 +189,10 @@ def _follow(status: _Pipe, stdout: _Pipe, stderr: _Pipe, timeout_s: float) -> fl
     return time.monotonic() - start
 
 
-def _status(report: dict[str, Any], duration_s: float, timeout_s: float) -> Status:
-    match report:
-        case {"end": "exit", "code": program.EXIT_FINISHED}:
-            return "ok"
-        case {"end": "exit", "code": program.EXIT_RAISED}:
-            return "error"
-        case {"end": "exit", "code": program.EXIT_MEMORY} | {"end": "memory"}:
-            return "memory"
-        case {"end": "timeout"} | {"end": "signal", "code": signal.SIGXCPU}:
-            return "timeout"
-        case {"end": _}:
-            return "crashed"
-        case _:  # The warden was killed, by the caller for being late or by the program.
-            return "timeout" if duration_s >= timeout_s else "crashed"
+def _status(end: str | None, duration_s: float, timeout_s: float) -> Status:
+    if end is None:  # The warden was killed: by the caller for being late, or by the program.
+        return "timeout" if duration_s >= timeout_s else "crashed"
+    return _STATUS_OF_END.get(end, "crashed")
 
 
 class _Pipe:

@@ -1,7 +1,8 @@
 """What the sandbox's child process does: give up rights one by one, then run the program.
 
-``sandbox.py`` starts this module in a bare interpreter (no site, no environment), so it imports
-only the quickest of the standard library. Up to three processes follow:
+``sandbox.py`` starts this package in a bare interpreter (no site, no environment). It imports only
+the quickest of the standard library: ``json``, ``typing`` and ``contextlib`` would double the time
+to start. Up to three processes follow:
 
     jailer   leaves the caller's namespaces and waits
     warden   pid 1 of the new pid namespace (its death kills everything in it); builds the root
@@ -10,19 +11,17 @@ only the quickest of the standard library. Up to three processes follow:
 
 Without a pid namespace jailer and warden are one process, which hunts down what the program left.
 Each isolation is tried by itself; what the kernel refuses is missing from the report. On the
-status pipe go two lines of JSON: ``{"isolation": [...]}`` when the program starts, and
-``{"end": "exit" | "signal" | "timeout" | "memory", "code": int}`` when it ended.
+status pipe go two lines: ``isolation NAME ...`` when the program starts, and when it ended
+``end exit CODE``, ``end signal NUMBER``, ``end timeout`` or ``end memory``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import marshal
 import os
 import resource
 import signal
 import time
-from typing import Any
 
 from . import linux
 from .namespaces import enter_new_root, leave_namespaces, leave_new_root
@@ -34,14 +33,16 @@ _POLL_S = 0.05
 def main(status_fd: int) -> int:
     """Carry out the settings on standard input; returns, in the program's process, its exit code.
 
-    The settings are a JSON object, see ``sandbox.run_python``.
+    The settings are a marshalled dictionary, see ``sandbox.run_python``.
     """
     with open(0, "rb", closefd=False) as file:
-        settings = json.load(file)
+        settings = marshal.load(file)
     linux.die_with_parent()
     if os.getppid() != settings["caller_pid"]:
         os._exit(1)
-    isolation = leave_namespaces(settings["isolation"])
+    # Users to run as: one that no other sandbox has, else (in a small container) nobody.
+    uids = [2**30 + os.getpid(), 65534]
+    isolation = leave_namespaces(settings["isolation"], uids)
     if "pid" in isolation and (warden_pid := os.fork()):
         os.close(status_fd)
         os.waitpid(warden_pid, 0)
@@ -57,38 +58,43 @@ def main(status_fd: int) -> int:
             isolation.remove("mount")
     # Blocked, a child's end interrupts the warden's sigtimedwait instead of getting lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
-    deadline = time.monotonic() + settings["timeout_s"]
+    ready_fd, tell_ready_fd = os.pipe()
     if program_pid := os.fork():
+        os.close(tell_ready_fd)
+        if held := os.read(ready_fd, 4096):  # nothing if the program's process failed before
+            os.write(status_fd, b"isolation " + held + b"\n")
         own_proc = "pid" in isolation and "mount" in isolation and os.path.exists("/proc/self")
-        end = _watch(program_pid, deadline, settings["memory_bytes"] if own_proc else None)
+        memory_bytes = settings["memory_bytes"] if own_proc else None
+        end = _watch(program_pid, time.monotonic() + settings["timeout_s"], memory_bytes)
         if "pid" not in isolation:
             _kill_descendants(children_fd)
-        os.write(status_fd, json.dumps(end).encode() + b"\n")
+        os.write(status_fd, f"end {end}\n".encode())
         os._exit(0)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-    if children_fd is not None:
-        os.close(children_fd)
+    for fd in (status_fd, ready_fd, children_fd):
+        if fd is not None:
+            os.close(fd)
     folder = "/tmp" if "mount" in isolation else settings["folder"]
-    become_the_program(settings, isolation, folder)
-    os.write(status_fd, json.dumps({"isolation": sorted(isolation)}).encode() + b"\n")
-    os.close(status_fd)
+    become_the_program(settings, isolation, folder, uids)
+    os.write(tell_ready_fd, " ".join(isolation).encode())
+    os.close(tell_ready_fd)
     return run(settings["code"])
 
 
-def _watch(program_pid: int, deadline: float, memory_bytes: int | None) -> dict[str, Any]:
+def _watch(program_pid: int, deadline: float, memory_bytes: int | None) -> str:
     """Wait for the program's end, reaping orphans; also ends at the deadline or out of memory."""
     while True:
         pid, wait_status = os.waitpid(-1, os.WNOHANG)
         if pid == program_pid:
             code = os.waitstatus_to_exitcode(wait_status)
-            return {"end": "signal" if code < 0 else "exit", "code": abs(code)}
+            return f"signal {-code}" if code < 0 else f"exit {code}"
         if pid:
             continue
         left_s = deadline - time.monotonic()
         if left_s <= 0:
-            return {"end": "timeout", "code": 0}
+            return "timeout"
         if memory_bytes is not None and _memory_of_all() > memory_bytes:
-            return {"end": "memory", "code": 0}
+            return "memory"
         signal.sigtimedwait([signal.SIGCHLD], min(_POLL_S, left_s))
 
 
@@ -127,10 +133,12 @@ def _open_list_of_children() -> int | None:
 def _kill_descendants(children_fd: int | None) -> None:
     """Kill until no child is left: orphans come to us, the subreaper, one generation a round."""
     give_up = time.monotonic() + 1
-    with contextlib.suppress(ChildProcessError):
-        while children_fd is not None and time.monotonic() < give_up:
-            for pid in os.pread(children_fd, 4096, 0).split():
-                os.kill(int(pid), signal.SIGKILL)
+    while children_fd is not None and time.monotonic() < give_up:
+        for pid in os.pread(children_fd, 4096, 0).split():
+            os.kill(int(pid), signal.SIGKILL)
+        try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-            time.sleep(0.001)
+        except ChildProcessError:
+            return
+        time.sleep(0.001)

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import os
 import signal
-from typing import Any
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -38,7 +37,7 @@ def prctl(option: int, value: int, pointer: int = 0) -> int:
     return int(result)
 
 
-def capability_header() -> Any:
+def capability_header() -> ctypes.Array[ctypes.c_uint32]:
     return (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterable
 
 from . import linux
 
@@ -18,21 +16,25 @@ _NAMESPACES = {  # CLONE_NEW* of sched.h; the user namespace first: it gives the
     "uts": 0x04000000,
 }
 INNER_UID = 1000  # the program's user in a user namespace
-_NOBODY = 65534
 
 
-def leave_namespaces(wanted: Iterable[str]) -> set[str]:
-    """Unshare each of the wanted namespaces; which of them the kernel granted."""
+def leave_namespaces(wanted: list[str], uids: list[int]) -> set[str]:
+    """Unshare each of the wanted namespaces; which of them the kernel granted.
+
+    ``uids`` are users of the host, the first that is available is who the program will be there.
+    """
     # The host's killer of last resort shall take the program, not its caller.
     linux.write("/proc/self/oom_score_adj", "1000")
     held = set()
     for name, flag in _NAMESPACES.items():
-        if name in wanted and (_enter_user_namespace() if name == "user" else linux.unshare(flag)):
+        if name not in wanted:
+            continue
+        if _enter_user_namespace(uids) if name == "user" else linux.unshare(flag):
             held.add(name)
     return held
 
 
-def _enter_user_namespace() -> bool:
+def _enter_user_namespace(uids: list[int]) -> bool:
     """A user namespace in which the program's user is nobody's on the host, if root calls.
 
     Two lines of map can only be written from outside, by a helper that stays there. An ordinary
@@ -48,7 +50,7 @@ def _enter_user_namespace() -> bool:
         mapped = bool(os.read(told, 1)) and any(
             linux.write(f"/proc/{pid}/gid_map", f"0 0 1\n{INNER_UID} {outer} 1\n")
             and linux.write(f"/proc/{pid}/uid_map", f"0 0 1\n{INNER_UID} {outer} 1\n")
-            for outer in private_uids(pid)
+            for outer in uids
         )
         os._exit(0 if mapped else 1)
     entered = linux.unshare(_NAMESPACES["user"])
@@ -63,11 +65,6 @@ def _enter_user_namespace() -> bool:
         mapped = linux.write("/proc/self/uid_map", f"{INNER_UID} {uid} 1")
         assert mapped, "the kernel grants a user namespace but no user in it"
     return entered
-
-
-def private_uids(pid: int) -> tuple[int, int]:
-    """Users to run as: one that no other sandbox has, else (in a small map) everybody's nobody."""
-    return 2**30 + pid, _NOBODY
 
 
 def enter_new_root(folder: str, disk_bytes: int, *, proc: bool) -> None:
@@ -96,12 +93,13 @@ def enter_new_root(folder: str, disk_bytes: int, *, proc: bool) -> None:
     os.mkdir(f"{folder}/tmp")
     small = f"size={disk_bytes},nr_inodes=4096,mode=1777"
     linux.mount("tmpfs", f"{folder}/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, small)
-    os.mkdir(f"{folder}/proc")
     if proc:
-        # A container that hides parts of its own /proc lets nobody mount a whole one: none, then.
-        with contextlib.suppress(OSError):
-            flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+        os.mkdir(f"{folder}/proc")
+        flags = linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC
+        try:
             linux.mount("proc", f"{folder}/proc", "proc", flags, "subset=pid")
+        except OSError:
+            os.rmdir(f"{folder}/proc")  # A container that hides parts of /proc allows no new one.
     linux.restrict_mount(folder, linux.MS_RDONLY, 0)
     os.chdir(folder)
     linux.pivot_root_here()

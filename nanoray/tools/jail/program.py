@@ -9,23 +9,25 @@ import os
 import resource
 import sys
 import types
-from typing import Any
 
 from . import linux
-from .namespaces import INNER_UID, private_uids
+from .namespaces import INNER_UID
 
 # How the process exits when the code came to an end; all other exit codes are the program's own
 # os._exit, so that half a run does not pass for a whole one.
 EXIT_FINISHED, EXIT_RAISED, EXIT_MEMORY = 101, 102, 103
 
 
-def become_the_program(settings: dict[str, Any], isolation: set[str], folder: str) -> None:
-    """Working folder, standard input, limits, and the rights that remain: none."""
+def become_the_program(settings: dict, isolation: set[str], folder: str, uids: list[int]) -> None:
+    """Working folder, standard input, limits, and the rights that remain: none.
+
+    Adds to ``isolation`` what came to hold. Outside of a user namespace, root becomes the first of
+    ``uids`` that exists.
+    """
     os.chdir(folder)
     os.environ |= {"HOME": folder, "TMPDIR": folder}
     if os.geteuid() == 0:
-        uids = (INNER_UID,) if "user" in isolation else private_uids(os.getpid())
-        if any(_change_user(uid, folder) for uid in uids):
+        if any(_change_user(u, folder) for u in ([INNER_UID] if "user" in isolation else uids)):
             isolation.add("uid")
     if not os.access(os.__file__, os.R_OK):
         sys.exit(f"the program's user cannot read Python's library at {os.__file__}")
@@ -37,7 +39,7 @@ def become_the_program(settings: dict[str, Any], isolation: set[str], folder: st
     _set_limits(settings, own_user="uid" in isolation)
     isolation.add("rlimits")
     program = settings["seccomp" if "pid" in isolation else "seccomp_without_signals"]
-    if program and "seccomp" in settings["isolation"] and install_filter(bytes.fromhex(program)):
+    if program and "seccomp" in settings["isolation"] and install_filter(program):
         isolation.add("seccomp")
     # A change of user withdraws both: dying with the warden, and letting it see the memory used.
     linux.die_with_parent()
@@ -65,7 +67,7 @@ def _set_standard_input(text: str) -> None:
     os.close(fd)
 
 
-def _set_limits(settings: dict[str, Any], *, own_user: bool) -> None:
+def _set_limits(settings: dict, *, own_user: bool) -> None:
     cpu_s = int(settings["timeout_s"]) + 2
     # Where the user is shared, jailer and warden are of it as well.
     processes = settings["max_processes"] + (0 if own_user else 2)

@@ -1,0 +1,136 @@
+"""`python -m jobs.eval` on a tiny run: figures, files, mistakes; any number of actors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretrain_runs import run_plan, tiny_plan
+
+from jobs import eval as job
+from nanoray.checkpoint import load_model
+from nanoray.config import UsageError
+from nanoray.errors import NanorayError
+from nanoray.evals.infer import decode_bytes
+from nanoray.evals.sample import PROMPTS, naive_generate, sample_report
+from nanoray.metrics import read_records
+
+
+@pytest.fixture(scope="module")
+def run_home(
+    tmp_path_factory: pytest.TempPathFactory, corpus: str, tokenizer_dir: str
+) -> tuple[Path, float]:
+    """A home with the run "tiny", and the validation bits per byte that its training told."""
+    home = tmp_path_factory.mktemp("eval")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANORAY_HOME", str(home))
+        plan = tiny_plan(corpus, tokenizer_dir, "tiny", num_iterations=6)
+        run_plan(plan)
+        records = read_records(f"{plan.run_dir}/metrics.jsonl")
+    return home, next(r["val_bpb"] for r in records if "val_bpb" in r)
+
+
+@pytest.fixture
+def use_home(run_home: tuple[Path, float], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANORAY_HOME", str(run_home[0]))
+    return run_home[0] / "runs" / "tiny" / "evals" / "step_000006"
+
+
+def metrics(folder: Path, suite: str) -> dict[str, Any]:
+    record = json.loads((folder / f"{suite}.json").read_text())
+    assert record["stage"] == "eval"
+    assert record["suite"] == suite
+    found: dict[str, Any] = record["metrics"]
+    return found
+
+
+def test_bpb_is_that_of_training(run_home: tuple[Path, float], use_home: Path) -> None:
+    words = ["--run=tiny", "--eval-tokens=2048", "--dtype=float32"]
+    assert job.main(["bpb", *words]) == 0
+    found = metrics(use_home, "bpb")
+    assert found["val_bpb"] == pytest.approx(run_home[1], rel=1e-5)
+    assert found["train_bpb"] > 0
+    assert found["train_bpb"] != found["val_bpb"]
+
+
+def test_samples_are_those_of_the_naive_forward(use_home: Path) -> None:
+    assert job.main(["sample", "--run=tiny", "--dtype=float32", "--num-free=0"]) == 0
+    loaded = load_model("tiny", dtype="float32")
+    generate = naive_generate(loaded.model, loaded.tokenizer, 42, torch.device("cpu"))
+    text = (use_home / "samples.md").read_text()
+    assert text == sample_report(generate, loaded.tokenizer, step=6, num_free=0)
+    assert all(prompt in text for prompt in PROMPTS)
+
+
+def test_infer_tells_every_batch_size(use_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--run=tiny", "--batch-sizes=1,3", "--prompt-tokens=20", "--new-tokens=5"]
+    assert job.main(["infer", *words, "--repeats=1"]) == 0
+    found = metrics(use_home, "infer")
+    for size in (1, 3):
+        assert found[f"infer/ttft_s@{size}"] > 0
+        assert found[f"infer/mfu@{size}"] > 0
+        assert found[f"infer/decode_tokens_per_s@{size}"] == pytest.approx(
+            size / found[f"infer/token_s@{size}"]
+        )
+    assert "TTFT" in capsys.readouterr().out
+    with pytest.raises(NanorayError, match="more than this model can read"):
+        job.main(["infer", "--run=tiny", "--prompt-tokens=5000"])
+
+
+def test_a_decoding_step_reads_matrices_and_what_the_windows_show(use_home: Path) -> None:
+    model = load_model("tiny", dtype="float32").model
+    matrices = sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name
+    ) - sum(p.numel() for name, p in model.named_parameters() if name.endswith("wte.weight"))
+    matrices -= sum(p.numel() for n, p in model.named_parameters() if n == "smear_gate.weight")
+    keys = 2 * model.config.kv_dim * sum(min(w + 1, 10) for w in model.config.window_sizes())
+    assert decode_bytes(model, 3, 10) == 4 * (matrices + 3 * keys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bpb", "--run=nope"], "no run nope"),
+        (["bpb", "--run=tiny", "--step=4"], "step 4"),
+        (["bpb", "--run=tiny", "--corpus=absent"], "absent"),
+        (["core", "--run=tiny", "--bundle=/nowhere"], "core.yaml"),
+        (["sample", "--run=tiny", "--num-actors=500"], "500 workers"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    use_home: Path, words: list[str], message: str, request: pytest.FixtureRequest
+) -> None:
+    if "--num-actors=500" in words:
+        request.getfixturevalue("ray_session")
+    with pytest.raises(NanorayError, match=message) as error:
+        job.main(words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words", [["bpb"], ["bpb", "--run=a", "--hf-path=b"], ["nonsense"], ["infer", "--run=a",
+    "--batch-sizes=1,x"]]
+)  # fmt: skip
+def test_bad_usage(use_home: Path, words: list[str]) -> None:
+    with pytest.raises(UsageError):
+        job.main(words)
+
+
+@pytest.mark.slow
+def test_figures_do_not_depend_on_the_number_of_actors(
+    use_home: Path, ray_session: None, shared_data: Path
+) -> None:
+    bpb = ["bpb", "--run=tiny", "--eval-tokens=2048", "--dtype=float32"]
+    core = ["core", "--run=tiny", "--dtype=float32", "--tasks=copa,winograd", "--max-per-task=40"]
+    core.append(f"--bundle={shared_data / 'core' / 'eval_bundle'}")
+    found = {}
+    for words in (bpb, core):
+        for actors in (1, 2):
+            assert job.main([*words, f"--num-actors={actors}"]) == 0
+            found[actors] = metrics(use_home, words[0])
+        assert found[1] == found[2]
+    csv = (use_home / "core.csv").read_text()
+    assert csv.splitlines()[-1].startswith("CORE")
