@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import nanoray.config
 from nanoray.config import (
     RECIPES,
     JobConfig,
@@ -129,6 +133,16 @@ def test_unknown_environment_variable(
 def test_known_environment_variables() -> None:
     check_environment({"NANORAY_HOME": "/x", "NANORAY_TOTAL_BATCH_SIZE": "1", "HOME": "/x"})
     check_environment({"NANORAY_BYTE_LEVEL": "1"})  # another job's flag
+
+
+def test_every_job_knows_the_variables_of_all() -> None:
+    """Whatever is imported first, all modules of the room are: a job's flags are never unknown."""
+    code = "import sys, nanoray.config.base; print(*sorted(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for module in pkgutil.iter_modules(nanoray.config.__path__):
+        assert f"nanoray.config.{module.name}" in ran.stdout.split()
+    for job in JobConfig.registry:
+        check_environment({f"NANORAY_{name.upper()}": "1" for name in job.model_fields})
 
 
 def test_unknown_yaml_keys(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

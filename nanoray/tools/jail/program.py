@@ -26,9 +26,9 @@ def become_the_program(settings: dict, isolation: set[str], folder: str, uids: l
     """
     os.chdir(folder)
     os.environ |= {"HOME": folder, "TMPDIR": folder}
-    if os.geteuid() == 0:
-        if any(_change_user(u, folder) for u in ([INNER_UID] if "user" in isolation else uids)):
-            isolation.add("uid")
+    to_be = [INNER_UID] if "user" in isolation else uids
+    if os.geteuid() == 0 and any(_change_user(uid, folder) for uid in to_be):
+        isolation.add("uid")
     if not os.access(os.__file__, os.R_OK):
         sys.exit(f"the program's user cannot read Python's library at {os.__file__}")
     _set_standard_input(settings["stdin"])
