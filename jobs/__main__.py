@@ -7,6 +7,7 @@ JOBS = {
     "tokenizer": "train a tokenizer, or compare it with others",
     "pretrain": "pretrain a model from scratch, or go on with a run",
     "eval": "bits per byte, samples, CORE, speed of a checkpoint",
+    "chat": "talk to a model in the terminal",
 }
 
 

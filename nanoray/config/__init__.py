@@ -15,6 +15,7 @@ from nanoray.config.base import (
     parse_worker_range,
     run_job,
 )
+from nanoray.config.chat import ChatConfig
 from nanoray.config.data import BuildConfig, DownloadConfig, InspectConfig, RepackageConfig
 from nanoray.config.eval import BpbConfig, CoreConfig, EvalConfig, InferConfig, SampleConfig
 from nanoray.config.pretrain import RECIPES, PretrainConfig
@@ -24,6 +25,7 @@ __all__ = [
     "RECIPES",
     "BpbConfig",
     "BuildConfig",
+    "ChatConfig",
     "CoreConfig",
     "DownloadConfig",
     "EvalConfig",

@@ -2,7 +2,7 @@
 
 An example is a conversation in the tokenizer's form (`nanoray.tokenizer.conversation`) that ends
 with the reference answer, so the same example trains (whole) and evaluates
-(`Tokenizer.render_for_completion` leaves the answer out). The task's kind says how a model is asked:
+(`Tokenizer.render_for_completion` leaves the answer out). The kind says how a model is asked:
 
 * generative: it writes an answer, `evaluate` judges the text;
 * categorical: the example also has ``"letters"``, its possible answers, and the likeliest of these

@@ -1,7 +1,7 @@
 """Answers in GSM8K's form (Cobbe et al. 2021): steps with calculator notes, then ``#### number``.
 
-    Mia has 17 + 25 = <<17+25=42>>42 apples.
-    #### 42
+Mia has 17 + 25 = <<17+25=42>>42 apples.
+#### 42
 """
 
 from __future__ import annotations
