@@ -54,9 +54,7 @@ def main() -> None:
     peer = load_peer(args.nanochat, model) if args.nanochat else None
     long_model = make_model(sequence_len=2048)
     report["batch"] = bench_batch(model, peer, args.rounds)
-    print(report["batch"], file=sys.stderr)
     report["samples"] = bench_samples(model, peer, args.rounds)
-    print(report["samples"], file=sys.stderr)
     report["prefix"] = bench_prefix(long_model, args.rounds)
     report["interference"] = bench_interference(long_model, args.rounds)
     report["aborts"] = bench_aborts(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -55,6 +56,9 @@ def main(argv: Sequence[str]) -> int:
             converse(session, ask, console)
             return 0
         return answer_lines(session)
+    except BrokenPipeError:  # whoever read the answers has left, and needs no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     finally:
         engine.close()
 

@@ -270,4 +270,8 @@ class _Printer:
             return
         if self._console.is_terminal:
             text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-        self._console.out(text, end="", style="dim" if dim else None, highlight=False)
+        if dim:
+            self._console.out(text, end="", style="dim", highlight=False)
+        else:  # not through rich, which expands tabs and strips what it takes for control codes
+            self._console.file.write(text)
+            self._console.file.flush()

@@ -314,7 +314,9 @@ def test_new_weights_equal_a_fresh_engine(model: GPT) -> None:
     engine.load_weights(other.state_dict(), version=3)
     assert engine.stats()["cached_tokens"] == 0
     completion = engine.generate([prompt], GREEDY)[0]
-    assert completion.tokens == Engine(other, None, max_len=150).generate([prompt], GREEDY)[0].tokens
+    assert (
+        completion.tokens == Engine(other, None, max_len=150).generate([prompt], GREEDY)[0].tokens
+    )
     assert completion.versions == [3] * 8
     assert_greedy(other, completion)
 
@@ -342,7 +344,9 @@ def test_new_weights_reach_requests_under_way(model: GPT, steps: int) -> None:
         for version, source in ((0, model), (1, other)):
             completion.mask = [int(v == version) for v in completion.versions]
             assert_greedy(source, completion)
-    assert any(r.completion.versions[0] != r.completion.versions[-1] for r in requests) or steps == 1
+    assert (
+        any(r.completion.versions[0] != r.completion.versions[-1] for r in requests) or steps == 1
+    )
 
 
 def test_weights_that_do_not_fit_change_nothing(model: GPT) -> None:
@@ -540,9 +544,7 @@ def test_close_releases_everybody(model: GPT) -> None:
     engine.pause()  # harmless
 
 
-def test_a_lost_thread_leaves_nobody_waiting(
-    model: GPT, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_thread_leaves_nobody_waiting(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(model, None)
 
     def explode() -> bool:

@@ -81,9 +81,18 @@ def test_a_pure_function_of_split_seed_and_index(seed: int, index: int) -> None:
 def test_seeds_differ_and_one_example_is_known() -> None:
     """The stream must not change between versions: figures would no longer compare."""
     assert Arithmetic("train", 1, 1).example(0) != Arithmetic("train", 1, 2).example(0)
-    conversation = Arithmetic("test").example(0)
-    assert [m["role"] for m in conversation["messages"]] == ["user", "assistant"]
-    assert len(Arithmetic("test")) == 1000
+    task = Arithmetic("test")
+    assert len(task) == 1000
+    user, assistant = task.example(2)["messages"]
+    assert user["content"] == (
+        "Max fills 8 bags, and 7 shells fit into each. Then 3 shells get lost. "
+        "How many shells are left?"
+    )
+    assert [part["text"] for part in assistant["content"]] == [
+        *("8 * 7 = ", "8*7", "56"),
+        *("56.\n56 - 3 = ", "56-3", "53"),
+        "53.\n#### 53",
+    ]
     assert split_of(17, "+", 25) == "train"
 
 
