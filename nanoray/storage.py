@@ -101,20 +101,25 @@ def run_dir(run: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or folder; a store that cannot tell raises its error."""
+    """Whether there is a file or folder. Raises NanorayError where the store cannot tell."""
     fs, path = filesystem(uri)
     try:
-        fs.info(path)  # fs.exists() takes any error for a no
+        with _readable(uri):
+            fs.info(path)  # fs.exists() takes any error for a no
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
 
 def list_names(uri: str) -> list[str]:
-    """Sorted names of the entries of a folder; empty if there is no such folder."""
+    """Sorted names of the entries of a folder; empty if there is no such folder.
+
+    Raises NanorayError where the store cannot tell.
+    """
     fs, path = filesystem(uri)
     try:
-        entries = fs.ls(path, detail=False)
+        with _readable(uri):
+            entries = fs.ls(path, detail=False)
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = {entry.rstrip("/") for entry in entries}
@@ -250,6 +255,15 @@ def explained(problem: str, mend: str, *passing: type[Exception]) -> Iterator[No
             raise
         cause = f"{type(error).__name__}: {error}".split("\n")[0][:200]
         raise NanorayError(f"{problem} ({cause}); {mend}") from error
+
+
+def _readable(uri: str) -> contextlib.AbstractContextManager[None]:
+    return explained(
+        f"storage {uri} cannot be read",
+        "check the path, the credentials and the network",
+        FileNotFoundError,
+        NotADirectoryError,
+    )
 
 
 def check_writable(uri: str) -> None:

@@ -22,6 +22,14 @@ def endless_model(sequence_len: int = 8192) -> LoadedModel:
     return LoadedModel(model, ByteTokenizer(), {"stage": "sft"}, 1, "endless")
 
 
+def rendered(*turns: str, system: str = "") -> list[int]:
+    """The tokenizer's own rendering of a whole conversation, for the assistant to go on."""
+    messages = [{"role": "system", "content": system}] if system else []
+    for i, text in enumerate(turns):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": text})
+    return ByteTokenizer().render_for_completion({"messages": messages})
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     nanoray.checkpoint.load_model = lambda *_args, **_kwargs: endless_model()

@@ -48,6 +48,16 @@ def test_a_shortfall_is_named(changes: dict[str, object], message: str) -> None:
         fleet.check_resources(needs(**changes), HAVE, "this machine")
 
 
+def test_workers_must_fit_on_single_nodes() -> None:
+    small = [{"CPU": 2.0, "GPU": 1.0}] * 8  # 16 CPUs in all
+    fleet.check_places(needs(num_workers=8, cpus_per_worker=2, gpus_per_worker=1), small)
+    with pytest.raises(NanorayError, match=r"4 CPUs on one node, .* room for 0 of 4"):
+        fleet.check_places(needs(num_workers=4, cpus_per_worker=4, gpus_per_worker=0), small)
+    with pytest.raises(NanorayError, match=r"1 GPUs on one node, .* room for 8 of 9"):
+        fleet.check_places(needs(num_workers=9, cpus_per_worker=1, gpus_per_worker=1), small)
+    fleet.check_places(needs(num_workers=9, cpus_per_worker=0.5, gpus_per_worker=0), small)
+
+
 @pytest.mark.slow
 def test_the_cluster_is_compared_within_ten_seconds(ray_session: None, tmp_path: Path) -> None:
     start = time.monotonic()

@@ -39,6 +39,7 @@ def bits_and_bytes(
         inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         losses = token_losses(inputs, targets)[:real]
         counted = table[targets[:real]]
-        nats += float((losses.float() * (counted > 0)).double().sum())
+        counting = (losses.float() * (counted > 0)).cpu()  # MPS has no float64
+        nats += float(counting.double().sum())
         num_bytes += int(counted.sum())
     return nats / math.log(2), num_bytes

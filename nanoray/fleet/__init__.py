@@ -3,9 +3,10 @@
 The only room below training that knows Ray.
 """
 
-from nanoray.fleet.board import Board, StopWatch, gauge_sink
+from nanoray.fleet.board import Board, StopWatch, gauge_sink, start_board
 from nanoray.fleet.connect import (
     Needs,
+    check_places,
     check_resources,
     connect,
     has_gpus,
@@ -21,6 +22,7 @@ __all__ = [
     "Board",
     "Needs",
     "StopWatch",
+    "check_places",
     "check_resources",
     "connect",
     "gauge_sink",
@@ -29,4 +31,5 @@ __all__ = [
     "local_resources",
     "on_cluster",
     "preflight",
+    "start_board",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 from ray.util.metrics import Gauge
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanoray.metrics import Record, Sink
 
@@ -51,6 +52,12 @@ class Board:
 
     def failed(self) -> bool:
         return "error" in self._verdict
+
+
+def start_board(name: str) -> Any:
+    """A board on the driver's own node: it shall not be lost before the driver is."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Board.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class StopWatch:

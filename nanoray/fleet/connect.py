@@ -45,7 +45,7 @@ def connect(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # report() waits for this poll, and lost workers are noticed by it (default: 2 s).
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     options: dict[str, Any] = {
         "namespace": namespace,
@@ -188,6 +188,22 @@ def check_resources(needs: Needs, have: dict[str, float], where: str) -> None:
         )
 
 
+def check_places(needs: Needs, nodes: Sequence[dict[str, float]]) -> None:
+    """Raise NanorayError if the workers do not fit on the nodes: none may span two of them."""
+    wanted = {"CPU": needs.cpus_per_worker, "GPU": needs.gpus_per_worker}
+    places = sum(
+        min(int(node.get(kind, 0) // amount) for kind, amount in wanted.items() if amount)
+        for node in nodes
+    )
+    if places < needs.num_workers:
+        gpus = f" and {needs.gpus_per_worker:g} GPUs" if needs.gpus_per_worker else ""
+        raise NanorayError(
+            f"a worker needs {needs.cpus_per_worker:g} CPUs{gpus} on one node, and the nodes have "
+            f"room for {places} of {needs.num_workers}; lower --cpus-per-worker or --num-workers, "
+            f"or add larger nodes"
+        )
+
+
 def preflight(needs: Needs) -> None:
     """Compare a plan with the connected cluster; refuse within 10 s rather than wait for ever.
 
@@ -196,6 +212,7 @@ def preflight(needs: Needs) -> None:
     """
     check_resources(needs, ray.cluster_resources(), "the cluster")
     nodes = [node for node in ray.nodes() if node["Alive"]]
+    check_places(needs, [node["Resources"] for node in nodes])
     if len(nodes) > 1 and needs.paths:
         _check_paths(needs.paths, nodes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -43,18 +44,23 @@ def needs(plan: PretrainPlan) -> fleet.Needs:
     """What a run needs of a cluster: estimates, on the high side."""
     low, _high = parse_worker_range(plan.config["num_workers"])
     model = plan.model_config
-    # Weights, gradients and two moments in fp32 with a half for what is in flight, and about
-    # 40 activations of the model's width a layer and token in bf16.
-    weights = plan.num_parameters * 4 * 4.5
-    activations = plan.micro_rows(low) * model.sequence_len * model.n_embd * model.n_layer * 80
+    gpus = float(plan.config["gpus_per_worker"] or 0)
+    if gpus:  # the host holds a checkpoint's copy of weights and two moments, and libraries
+        memory = plan.num_parameters * 4 * 3.5 + 2 * 2**30
+    else:
+        # Weights, gradients and two moments in fp32 with a half for what is in flight, and
+        # about 40 activations of the model's width a layer and token in bf16.
+        rows = plan.micro_rows(low)
+        activations = rows * model.sequence_len * model.n_embd * model.n_layer * 80
+        memory = plan.num_parameters * 4 * 4.5 + activations
     unit_bytes = max((g.num_bytes for g in plan.training_row_groups), default=0)
     paths = (plan.run_dir, plan.corpus_dir, plan.tokenizer_dir)
     return fleet.Needs(
         num_workers=low,
         cpus_per_worker=float(plan.config["cpus_per_worker"]),
-        gpus_per_worker=float(plan.config["gpus_per_worker"] or 0),
+        gpus_per_worker=gpus,
         data_cpus=DATA_CPUS,
-        memory_bytes_per_worker=int(weights + activations),
+        memory_bytes_per_worker=int(memory),
         object_store_bytes=max(64 * 2**20, 8 * unit_bytes),
         paths=tuple(path for path in paths if storage.is_local(path)),
     )
@@ -83,7 +89,7 @@ def fit(plan: PretrainPlan, lease: Lease, watch: Watcher) -> dict[str, Any]:
         NanorayError: a user's mistake found by a worker, a lost lease, or workers that failed
             more often than ``max_failures`` allows.
     """
-    board = fleet.Board.options(name=f"nanoray-board-{plan.run}-{lease.token[:8]}").remote()  # type: ignore[attr-defined]
+    board = fleet.start_board(f"nanoray-board-{plan.run}-{lease.token[:8]}")
     trainer = _trainer(plan, lease, board)
     outcome: dict[str, Any] = {}
 
@@ -109,20 +115,28 @@ def fit(plan: PretrainPlan, lease: Lease, watch: Watcher) -> dict[str, Any]:
     ray.kill(board)
     if "error" in outcome:
         raise NanorayError(
-            f"run {plan.run} failed: {_first_line(outcome['error'])}; the last checkpoint "
+            f"run {plan.run} failed: {_cause(outcome['error'])}; the last checkpoint "
             f"stands, and the same command goes on from it"
         ) from outcome["error"]
     return verdict
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+def _cause(error: BaseException) -> str:
+    """The innermost error that Ray Train's message quotes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (named or lines or [type(error).__name__])[-1]
 
 
 def _relay(board: Any, watch: Watcher) -> dict[str, Any]:
     """Hand on the new records; returns the verdict, empty while there is none."""
-    records, verdict = ray.get(board.drain.remote(), timeout=30)
+    try:
+        records, verdict = ray.get(board.drain.remote(), timeout=60)
+    except ray.exceptions.RayError as error:
+        raise NanorayError(
+            f"the run's board is gone ({type(error).__name__}); its workers save and stop, and "
+            f"the same command goes on from there"
+        ) from error
     for record in records:
         watch(record)
     made: dict[str, Any] = verdict
@@ -175,7 +189,8 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
             storage_path=_ray_storage(plan),
             failure_config=FailureConfig(
                 max_failures=int(plan.config["max_failures"]),
-                controller_failure_limit=1,  # type: ignore[call-arg]
+                # Placements that came too late count here: a lost node may take its time.
+                controller_failure_limit=max(1, int(plan.config["max_failures"])),  # type: ignore[call-arg]
             ),
             # Ray Train calls the loop in a thread, whose own arena glibc would cut back after
             # every block that is freed (see nanoray/model/heap.py): 5 % of a step on CPUs.

@@ -97,9 +97,8 @@ class TrainStep:
         """
         start = time.perf_counter()
         device = self._world.device
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        if device.type == "mps":
-            total = total.float()
+        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        total = torch.zeros((), dtype=exact, device=device)
         batches = micro_batches(ids, self._micro_rows, device)
         for i, (inputs, targets) in enumerate(batches):
             if i == len(batches) - 1:

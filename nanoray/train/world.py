@@ -25,6 +25,8 @@ class World:
 
     def sum_float(self, value: torch.Tensor | float) -> float:
         """Sum of a scalar over the workers, in float64."""
+        if isinstance(value, torch.Tensor) and value.device.type == "mps":
+            value = float(value)  # MPS has no float64
         total = torch.as_tensor(value, dtype=torch.float64, device=self._reduce_device)
         if self.size > 1:
             dist.all_reduce(total)
