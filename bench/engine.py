@@ -77,9 +77,8 @@ def load_peer(checkout: Path, model: GPT) -> Generate:
     """nanochat's Engine with our weights: (prompt, samples, lengths, greedy) -> new tokens."""
     os.environ["NANOCHAT_DTYPE"] = "float32"
     sys.path.append(str(checkout))
-    from nanochat.engine import Engine as PeerEngine
-    from nanochat.gpt import GPT as PeerGPT
-    from nanochat.gpt import GPTConfig as PeerConfig
+    from nanochat import engine as peer_engine
+    from nanochat import gpt as peer_gpt
 
     class NoSpecialTokens:
         """Ids that are never sampled: no row ends early, and no tool is called."""
@@ -91,10 +90,12 @@ def load_peer(checkout: Path, model: GPT) -> Generate:
             return -1
 
     config = model.config
-    peer = PeerGPT(PeerConfig(sequence_len=config.sequence_len, vocab_size=VOCAB, **SHAPE))
+    peer = peer_gpt.GPT(
+        peer_gpt.GPTConfig(sequence_len=config.sequence_len, vocab_size=VOCAB, **SHAPE)
+    )
     peer.init_weights()
     peer.load_state_dict(model.state_dict())
-    engine = PeerEngine(peer.eval(), NoSpecialTokens())
+    engine = peer_engine.Engine(peer.eval(), NoSpecialTokens())
 
     def generate(prompt: list[int], num_samples: int, lengths: list[int], greedy: bool) -> list:
         sampling = {"temperature": 0.0} if greedy else {"temperature": 1.0, "top_k": TOP_K}
@@ -159,7 +160,7 @@ def bench_samples(model: GPT, peer: Generate | None, rounds: int) -> dict[str, A
     flat_prompts = [prompt for prompt in prompts for _ in range(16)]
     params = [
         SamplingParams(top_k=TOP_K, seed=seed, max_tokens=length)
-        for seed, length in enumerate(sum(lengths, []))
+        for seed, length in enumerate(length for group in lengths for length in group)
     ]
     stats: dict[str, float] = {}
 

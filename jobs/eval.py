@@ -1,4 +1,4 @@
-"""``python -m jobs.eval bpb|sample|core|infer``: what a checkpoint can do."""
+"""``python -m jobs.eval bpb|sample|core|chat|infer``: what a checkpoint can do."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jobs.progress import CountProgress
 from nanoray import storage
 from nanoray.config import (
     BpbConfig,
+    ChatEvalConfig,
     CoreConfig,
     EvalConfig,
     InferConfig,
@@ -26,7 +27,7 @@ from nanoray.data.shards import list_shards, split_shards
 from nanoray.errors import NanorayError
 
 USAGE = (
-    "usage: python -m jobs.eval bpb|sample|core|infer [flags]; --help after the word lists "
+    "usage: python -m jobs.eval bpb|sample|core|chat|infer [flags]; --help after the word lists "
     "the flags"
 )
 ITEM_DEADLINE_S = 3600.0
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
         "bpb": (BpbConfig, bpb),
         "sample": (SampleConfig, sample),
         "core": (CoreConfig, core),
+        "chat": (ChatEvalConfig, chat),
         "infer": (InferConfig, infer),
     }
     if not argv or argv[0] not in commands:
@@ -83,6 +85,22 @@ def core(config: CoreConfig) -> int:
         return CoreSuite(bundle, labels, config.max_per_task)
 
     return _evaluate("core", config, suite)
+
+
+def chat(config: ChatEvalConfig) -> int:
+    from nanoray.evals.chat_suite import ChatSuite
+
+    suite = ChatSuite(
+        task_names=tuple(name.strip() for name in config.tasks.split(",")),
+        data_dir=config.data_dir,
+        max_per_task=config.max_per_task,
+        num_samples=config.num_samples,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        seed=config.seed,
+    )
+    return _evaluate("chat", config, lambda _subject: suite)
 
 
 def infer(config: InferConfig) -> int:
@@ -138,6 +156,8 @@ def _evaluate(name: str, config: EvalConfig, make_suite: Callable[[Any], Any]) -
 
     source = _source(config)
     subject = source.load()  # here too, so that a mistake is told before anything starts
+    if subject.loaded:  # all actors read this one, whatever is saved meanwhile
+        source = replace(source, run=subject.loaded.path)
     suite = make_suite(subject)
     items = suite.items()
     alone = config.num_actors == 1 and not fleet.on_cluster()

@@ -22,6 +22,8 @@ from nanoray.errors import NanorayError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+# What fsspec's stores call an ETag or a modification time, the surest first.
+_VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
 def home() -> str:
@@ -127,9 +129,15 @@ def list_names(uri: str) -> list[str]:
     return sorted(entry.rsplit("/", 1)[-1] for entry in found)
 
 
-def size_bytes(uri: str) -> int:
+def version(uri: str) -> str:
+    """Size and modification time (or ETag) of a file: another one after nearly every change.
+
+    Raises FileNotFoundError.
+    """
     fs, path = filesystem(uri)
-    return int(fs.size(path))
+    info = fs.info(path)
+    stamps = (info.get(key) for key in _VERSION_KEYS)
+    return f"{info['size']} {next((stamp for stamp in stamps if stamp is not None), '')}"
 
 
 def open_read(uri: str) -> IO[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from nanoray.engine.engine import Engine
 from nanoray.engine.request import Completion
+from nanoray.engine.sampling import SamplingParams
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT
 
 VOCAB_SIZE = 257  # the byte tokenizer's
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
 def tiny(seed: int = 0, **changes: object) -> GPT:
@@ -43,6 +46,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def scripted(chain: list[int]) -> GPT:
+    """A model that greedily says the token after the last one in the chain.
+
+    Its layers do nothing, and its head maps each token's embedding to the token's successor.
+    """
+    pairs = set(pairwise(chain))
+    assert len({token for token, _ in pairs}) == len(pairs), "the chain is ambiguous"
+    model = tiny(recipe="february", n_embd=128)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.c_proj.weight.zero_()
+            block.mlp.c_proj.weight.zero_()
+        model.lm_head.weight.zero_()
+        for token, following in pairs:
+            model.lm_head.weight[following] += model.wte.weight[token] / 4
+    return model
+
+
 @torch.no_grad()
 def full_logits(model: GPT, tokens: Sequence[int]) -> Tensor:
     """Logits [T, vocab_size] of a whole sequence, without any cache."""
@@ -69,3 +90,7 @@ def run_until_idle(engine: Engine, most_steps: int = 20_000) -> None:
     while engine.step():
         most_steps -= 1
         assert most_steps, "the engine does not come to an end"
+
+
+def sampled(seed: int) -> SamplingParams:
+    return SamplingParams(temperature=1.1, top_k=40, top_p=0.95, seed=seed, max_tokens=12)

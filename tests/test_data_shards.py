@@ -228,10 +228,12 @@ def test_fingerprint(tmp_path: Path) -> None:
 
 
 def test_writer_cuts_shards(tmp_path: Path) -> None:
-    with ShardWriter(str(tmp_path), shard_chars=20_000, row_group_size=100) as writer:
-        for text in TEXTS:
+    with ShardWriter(str(tmp_path), row_group_size=100) as writer:
+        for number, text in enumerate(TEXTS, 1):
             writer.write(text)
-    assert len(writer.shards) > 5
+            if not number % 250:
+                writer.next_shard()
+    assert len(writer.shards) == -(-len(TEXTS) // 250)
     assert (writer.num_docs, writer.num_chars) == (len(TEXTS), sum(map(len, TEXTS)))
     read = [t for g in row_groups(writer.shards) for t in read_row_group(g.shard, g.row_group)[0]]
     assert read == TEXTS
@@ -271,8 +273,10 @@ def test_disk_full_while_writing_keeps_the_old_shard(tmp_path: Path) -> None:
 
 def test_object_store() -> None:
     home = "memory://bucket/data/tiny"
-    with ShardWriter(home, shard_chars=20_000, row_group_size=100) as writer:
-        for text in TEXTS:
+    with ShardWriter(home, row_group_size=100) as writer:
+        for number, text in enumerate(TEXTS):
+            if number == 1000:
+                writer.next_shard()
             writer.write(text)
     shards = list_shards(home)
     assert shards == writer.shards

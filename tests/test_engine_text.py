@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import hypothesis.strategies as st
 from hypothesis import given
 
@@ -11,7 +13,7 @@ from nanoray.engine.slots import Slots, common_prefix
 
 def cuts(data: bytes, points: list[int]) -> list[bytes]:
     edges = sorted({0, len(data), *(point % (len(data) + 1) for point in points)})
-    return [data[a:b] for a, b in zip(edges, edges[1:])]
+    return [data[a:b] for a, b in pairwise(edges)]
 
 
 points = st.lists(st.integers(0, 1000), max_size=30)

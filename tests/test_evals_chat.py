@@ -19,7 +19,7 @@ from nanoray.checkpoint import LoadedModel
 from nanoray.engine import CachedModel, Completion, Engine
 from nanoray.errors import NanorayError
 from nanoray.evals.chat import (
-    BATCH_SIZE,
+    GROUP_SIZE,
     ExampleResult,
     LetterLogits,
     chatcore,
@@ -128,38 +128,38 @@ class Recorder:
     """`LastLogits` that prefers letters by the prompt's own hash, and keeps what was asked."""
 
     def __init__(self) -> None:
-        self.batches: list[int] = []
+        self.batches: list[list[int]] = []
 
     def __call__(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
-        self.batches.append(len(prompts))
+        self.batches.append([len(prompt) for prompt in prompts])
         scores = [[hash((tuple(prompt), token)) % 997 for token in token_ids] for prompt in prompts]
         return torch.tensor(scores, dtype=torch.float32)
 
 
 @settings(max_examples=30)
-@given(st.permutations(range(40)), st.integers(1, 39), st.integers(1, 50))
-def test_categorical_shards_merge(order: list[int], cut: int, batch_size: int) -> None:
-    task = Colours()
+@given(st.permutations(range(100)), st.integers(1, 99))
+def test_categorical_shards_merge(order: list[int], cut: int) -> None:
+    task = Colours(100)
 
     def run(indices: Sequence[int]) -> list[ExampleResult]:
-        return evaluate_categorical(
-            Recorder(), TOKENIZER, task, indices, max_len=512, batch_size=batch_size
-        )
+        return evaluate_categorical(Recorder(), TOKENIZER, task, indices, max_len=512)
 
-    whole = run(range(40))
+    whole = run(range(100))
     assert run(order) == [whole[index] for index in order]
     parts = run(order[:cut]) + run(order[cut:])
     assert task_score(task, parts) == task_score(task, whole)
 
 
-def test_shards_of_whole_batches_are_batched_alike() -> None:
-    task = Colours(5 * BATCH_SIZE + 3)
+def test_shards_of_whole_groups_are_batched_alike() -> None:
+    task = Colours(3 * GROUP_SIZE + 20)
     whole, sharded = Recorder(), Recorder()
     evaluate_categorical(whole, TOKENIZER, task, range(len(task)), max_len=512)
-    for start in range(0, len(task), 2 * BATCH_SIZE):
-        part = range(start, min(start + 2 * BATCH_SIZE, len(task)))
+    for start in range(0, len(task), GROUP_SIZE):
+        part = range(start, min(start + GROUP_SIZE, len(task)))
         evaluate_categorical(sharded, TOKENIZER, task, part, max_len=512)
-    assert sharded.batches == whole.batches == [BATCH_SIZE] * 5 + [3]
+    assert sharded.batches == whole.batches
+    assert list(map(len, whole.batches)) == [16] * 13 + [4]
+    assert all(lengths == sorted(lengths) for lengths in whole.batches)
 
 
 def test_what_does_not_fit_counts_as_wrong() -> None:

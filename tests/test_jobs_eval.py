@@ -97,6 +97,8 @@ def test_a_decoding_step_reads_matrices_and_what_the_windows_show(use_home: Path
         (["bpb", "--run=tiny", "--step=4"], "step 4"),
         (["bpb", "--run=tiny", "--corpus=absent"], "absent"),
         (["core", "--run=tiny", "--bundle=/nowhere"], "core.yaml"),
+        (["chat", "--run=tiny", "--tasks=chess"], "no task 'chess'"),
+        (["chat", "--run=tiny", "--tasks=arc-easy", "--data-dir=/nowhere"], "/nowhere"),
         (["sample", "--run=tiny", "--num-actors=500"], "500 workers"),
     ],
 )
@@ -127,7 +129,9 @@ def test_figures_do_not_depend_on_the_number_of_actors(
     core = ["core", "--run=tiny", "--dtype=float32", "--tasks=copa,winograd", "--max-per-task=40"]
     core.append(f"--bundle={shared_data / 'core' / 'eval_bundle'}")
     found = {}
-    for words in (bpb, core):
+    chat = ["chat", "--run=tiny", "--dtype=float32", "--tasks=arc-easy,arithmetic"]
+    chat += [f"--data-dir={shared_data}", "--max-per-task=300", "--max-tokens=4"]
+    for words in (bpb, core, chat):
         for actors in (1, 2):
             assert job.main([*words, f"--num-actors={actors}"]) == 0
             found[actors] = metrics(use_home, words[0])

@@ -37,7 +37,6 @@ def test_files_and_folders(root: str) -> None:
     assert storage.list_names(a) == [], "a file is no folder"
     assert storage.read_text(a) == "grüße"
     assert storage.read_bytes(b) == b"\x00\x01"
-    assert storage.size_bytes(a) == 7
     with storage.open_read(a) as file:
         file.seek(5)
         assert file.read() == b"\x9fe"
@@ -50,10 +49,20 @@ def test_files_and_folders(root: str) -> None:
     storage.remove(a)  # nothing there: nothing happens
 
 
-@pytest.mark.parametrize("read", [storage.read_bytes, storage.open_read, storage.size_bytes])
+@pytest.mark.parametrize("read", [storage.read_bytes, storage.open_read, storage.version])
 def test_a_missing_file(root: str, read: Callable[[str], object]) -> None:
     with pytest.raises(FileNotFoundError):
         read(storage.join(root, "nothing"))
+
+
+def test_a_version_changes_with_the_content(root: str) -> None:
+    uri = storage.join(root, "a.txt")
+    storage.write_text(uri, "one")
+    first = storage.version(uri)
+    assert first.startswith("3 ")
+    assert storage.version(uri) == first
+    storage.write_text(uri, "two")
+    assert storage.version(uri) != first, "same size, written later"
 
 
 def test_a_folder_may_hold_its_own_name(root: str) -> None:

@@ -12,13 +12,14 @@ Nothing is pickled.
 from nanoray.checkpoint.folder import delete, delete_incomplete, list_steps, step_dir
 from nanoray.checkpoint.loading import LoadedModel, load_model
 from nanoray.checkpoint.reader import Checkpoint, DamagedCheckpointError, open_latest
-from nanoray.checkpoint.writer import CheckpointWriter, Snapshot
+from nanoray.checkpoint.writer import CheckpointWriter, SaveFailedError, Snapshot
 
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "DamagedCheckpointError",
     "LoadedModel",
+    "SaveFailedError",
     "Snapshot",
     "delete",
     "delete_incomplete",

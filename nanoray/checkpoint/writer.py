@@ -23,6 +23,21 @@ from nanoray.optim.buckets import StateShard
 PART_DEADLINE_S = 600.0
 
 
+class SaveFailedError(NanorayError):
+    """A checkpoint could not be saved; the one before it stands. A second try may succeed.
+
+    Attributes:
+        what: which one, and why, without advice.
+    """
+
+    def __init__(self, step: int, folder: str, cause: object) -> None:
+        self.what = f"checkpoint of step {step} could not be saved to {folder}: {cause}"
+        super().__init__(
+            f"{self.what}; the checkpoint before it is intact - make room or mend the storage, "
+            f"then run the same command again to go on from there"
+        )
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What one worker adds to a checkpoint; all tensors are copies on the CPU."""
@@ -69,27 +84,46 @@ class CheckpointWriter:
         self._guard = guard
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._num_saves = 0
+        self._others_failed = threading.Event()
         self.last_save_s: float | None = None
 
     def save(self, snapshot: Snapshot) -> None:
         """Start saving; waits for the save before it. Raises that one's error, if any."""
         self.wait()
+        self._num_saves += 1
+        self._others_failed.clear()
         self._thread = threading.Thread(
             target=self._save_guarded, args=(snapshot,), name="checkpoint"
         )
         self._thread.start()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the latest save is known to have failed; it does not wait."""
+        return self._error is not None
+
+    def give_up(self) -> None:
+        """Have the save under way wait no longer for other workers: one of them has failed."""
+        self._others_failed.set()
+
+    def outcome(self) -> BaseException | None:
+        """Wait until the running save is done; its error, told once."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        return error
+
     def wait(self) -> None:
         """Wait until the running save is done.
 
         Raises:
-            NanorayError: it failed (disk full, storage gone); the checkpoint before stands.
+            SaveFailedError: it failed (disk full, storage gone); the checkpoint before stands.
+            NanorayError: what ``guard`` raised.
         """
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        if self._error:
-            error, self._error = self._error, None
+        error = self.outcome()
+        if error:
             raise error
 
     def _save_guarded(self, snapshot: Snapshot) -> None:
@@ -113,11 +147,7 @@ class CheckpointWriter:
                 storage.write_text(self._part(folder, self._rank), json.dumps(note))
             elif not storage.exists(storage.join(folder, "manifest.json")):
                 self._remove_unpublished(folder)
-        return NanorayError(
-            f"checkpoint of step {step} could not be saved to {folder}: {error}; "
-            f"the checkpoint before it is intact - make room or mend the storage, then run "
-            f"the same command again to go on from there"
-        )
+        return SaveFailedError(step, folder, error)
 
     def _remove_unpublished(self, folder: str) -> None:
         """Make room. The next start deletes what other workers are still writing."""
@@ -173,12 +203,16 @@ class CheckpointWriter:
             return {"bytes": size, "crc32": crc32_of(path)}
 
     def _part(self, folder: str, rank: int) -> str:
-        return storage.join(folder, f"part_{rank:05d}.{self._attempt}.json")
+        # The workers save equally often: a second try at a step does not read the first's notes.
+        name = f"part_{rank:05d}.{self._attempt}.{self._num_saves}.json"
+        return storage.join(folder, name)
 
     def _await_part(self, folder: str, rank: int) -> dict[str, Any]:
         deadline = time.monotonic() + PART_DEADLINE_S
         uri = self._part(folder, rank)
         while not storage.exists(uri):
+            if self._others_failed.is_set():
+                raise OSError("another worker could not save its part")
             if time.monotonic() > deadline:
                 raise OSError(f"worker {rank} wrote no part within {PART_DEADLINE_S:.0f} s")
             time.sleep(0.05)

@@ -17,7 +17,14 @@ from nanoray.config.base import (
 )
 from nanoray.config.chat import ChatConfig
 from nanoray.config.data import BuildConfig, DownloadConfig, InspectConfig, RepackageConfig
-from nanoray.config.eval import BpbConfig, CoreConfig, EvalConfig, InferConfig, SampleConfig
+from nanoray.config.eval import (
+    BpbConfig,
+    ChatEvalConfig,
+    CoreConfig,
+    EvalConfig,
+    InferConfig,
+    SampleConfig,
+)
 from nanoray.config.pretrain import RECIPES, PretrainConfig
 from nanoray.config.tokenizer import TokenizerConfig
 
@@ -26,6 +33,7 @@ __all__ = [
     "BpbConfig",
     "BuildConfig",
     "ChatConfig",
+    "ChatEvalConfig",
     "CoreConfig",
     "DownloadConfig",
     "EvalConfig",

@@ -73,6 +73,22 @@ class CoreConfig(_AnyModelConfig):
     max_per_task: int = Field(-1, ge=-1, description="examples of a task (-1: all)")
 
 
+class ChatEvalConfig(_RunConfig):
+    """``python -m jobs.eval chat``: tasks asked in conversation, and ChatCORE."""
+
+    tasks: str = Field(
+        "arc-easy,arc-challenge,arithmetic", description="task names, with commas between"
+    )
+    data_dir: str | None = Field(
+        None, description="folder of the data sets (default: the Hugging Face hub)"
+    )
+    max_per_task: int = Field(-1, ge=-1, description="examples of a task (-1: all)")
+    num_samples: int = Field(1, ge=1, description="answers to a generative problem, for pass@k")
+    max_tokens: int = Field(512, ge=1, description="tokens of an answer at most")
+    temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token")
+    top_k: int = Field(50, ge=0, description="sample from the k likeliest tokens (0: from all)")
+
+
 def _check_sizes(text: str) -> str:
     sizes = text.split(",")
     if not all(size.strip().isdigit() and int(size) >= 1 for size in sizes):

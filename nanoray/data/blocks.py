@@ -89,7 +89,7 @@ class StepRows:
     Attributes:
         ids: [n, T+1]; n may be 0.
         positions: [n] of each row within the step, the same for any number of workers.
-        units: the units that the rows come from.
+        units, rows: [n] int64, the unit that each row comes from and its number there.
         counts: `COUNT_COLUMNS` summed over the units that begin here.
         slab: the first row of the slab, known to the worker of its first block.
         slab_first_step: the step that the slab begins with.
@@ -97,7 +97,8 @@ class StepRows:
 
     ids: np.ndarray
     positions: np.ndarray
-    units: tuple[int, ...]
+    units: np.ndarray
+    rows: np.ndarray
     counts: dict[str, int]
     slab: Cursor | None
     slab_first_step: int
@@ -158,7 +159,8 @@ def _rows_of_step(
     if not blocks:
         empty = np.zeros((0, layout.sequence_len + 1), np.uint16)
         counts = dict.fromkeys(COUNT_COLUMNS, 0)
-        return StepRows(empty, np.zeros(0, np.int64), (), counts, None, slab_step)
+        none = np.zeros(0, np.int64)
+        return StepRows(empty, none, none, none, counts, None, slab_step)
 
     def column(name: str) -> np.ndarray:
         return np.concatenate([block[name][i * b : (i + 1) * b] for block in blocks])
@@ -168,7 +170,8 @@ def _rows_of_step(
     return StepRows(
         ids=column("ids"),
         positions=np.concatenate([k * b + np.arange(b) for k in stripes]),
-        units=tuple(int(u) for u in np.unique(column("unit"))),
+        units=column("unit"),
+        rows=column("row"),
         counts={name: int(column(name).sum()) for name in COUNT_COLUMNS},
         slab=cursor if stripes[0] == 0 else None,
         slab_first_step=slab_step,

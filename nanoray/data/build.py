@@ -16,7 +16,7 @@ from typing import Any
 from nanoray.data.corpus import Corpus, building, finish_corpus
 from nanoray.data.docstrings import iter_docstrings
 from nanoray.data.shards import OnBad
-from nanoray.data.sources import expand, read_documents
+from nanoray.data.sources import describe_files, expand, read_documents
 from nanoray.data.writer import SHARD_CHARS, ShardWriter, write_errors
 from nanoray.errors import NanorayError
 
@@ -82,6 +82,14 @@ def build_from(
             documents, or an `out_dir` that holds other data or is not writable.
     """
     files = expand(source)
+    described: dict[str, Any] = {
+        "kind": "files",
+        **describe_files(source, files),
+        "text_column": text_column,
+        "seed": seed,
+        "shard_chars": shard_chars,
+        "on_bad_shard": on_bad,
+    }
 
     def documents(skipped: Counter[str]) -> Iterator[str]:
         texts: list[Iterable[str]] = []
@@ -94,14 +102,6 @@ def build_from(
         if progress is not None:
             progress(number, len(files))
 
-    described: dict[str, Any] = {
-        "kind": "files",
-        "from": source,
-        "text_column": text_column,
-        "seed": seed,
-        "shard_chars": shard_chars,
-        "on_bad_shard": on_bad,
-    }
     return _build(out_dir, described, documents, seed, shard_chars)
 
 
@@ -147,7 +147,7 @@ def write_documents(texts: list[str], out_dir: str, characters: int, shard_chars
     ``shard_chars``; every shard has a document.
     """
     num_shards = min(len(texts), max(MIN_SHARDS, -(-characters // shard_chars)))
-    with write_errors(out_dir), ShardWriter(out_dir, shard_chars=2**63) as writer:
+    with write_errors(out_dir), ShardWriter(out_dir) as writer:
         done = shard = 0
         for number, text in enumerate(texts):
             left = len(texts) - number

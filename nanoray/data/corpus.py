@@ -110,15 +110,24 @@ def building(corpus_dir: str, source: dict[str, Any]) -> Iterator[Corpus | None]
         names = storage.list_names(corpus_dir)
         shards = [name for name in names if name.startswith("shard_")]
         if (old is None and shards) or (old is not None and old.complete):
-            what = "an equal name" if old is None else f"another source ({old.source})"
             raise NanorayError(
-                f"{corpus_dir} already holds a corpus of {what}; delete that folder or choose "
-                f"another --corpus"
+                f"{corpus_dir} already holds a corpus of {_difference(old, source)}; delete that "
+                f"folder or choose another --corpus"
             )
         for name in shards + [name for name in names if name.startswith(".shard_")]:
             storage.remove(storage.join(corpus_dir, name))
         _write_corpus(corpus_dir, Corpus(source, complete=False))
         yield None
+
+
+def _difference(old: Corpus | None, source: dict[str, Any]) -> str:
+    """What tells the corpus that is there from the one that is wanted."""
+    if old is None:
+        return "an equal name"
+    differing = {k for k in {*old.source, *source} if old.source.get(k) != source.get(k)}
+    if differing <= {"num_files", "versions"}:
+        return f"what {source['from']} was before its files changed"
+    return f"another source ({old.source})"
 
 
 @contextmanager

@@ -8,19 +8,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanoray.data.packing import PackedUnit
+from nanoray.data.packing import PackedUnit, permutation
 from nanoray.data.shards import OnBad, RowGroup, read_row_group
-from nanoray.data.units import Unit, list_units, pack_unit, unit_at
+from nanoray.data.units import Unit, empty_unit_skips, list_units, pack_unit, unit_at
 from nanoray.errors import NanorayError
 from nanoray.tokenizer import Tokenizer
 
 # Ray Data costs some 40 ms a block, so a block holds rows for several steps.
 BLOCK_TOKENS = 2**16
 MAX_SLAB_STEPS = 32
-# The plan covers this many times the tokens that the horizon needs, by a sampled estimate of
-# bytes per token: units differ, and what is not needed is never read.
-MARGIN = 1.5
-SAMPLE_DOCUMENTS = 256
+# The plan covers this many times the rows that the horizon needs, by a sampled estimate, and some
+# units more: a stream must not end early, and a unit that is not needed is never read.
+MARGIN = 2.0
+SPARE_UNITS = 64
+# The sample: this many row groups from all over the corpus, as many documents of each, and the
+# beginning of each of them.
+SAMPLE_GROUPS = 8
+SAMPLE_DOCUMENTS = 64
+SAMPLE_CHARS = 10_000
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,18 @@ class StreamPlan:
         unit = unit_at(self.units, index, self.seed)
         return pack_unit(unit, tokenizer, self.layout.sequence_len, self.seed, self.on_bad)
 
+    def skipped_before(self, tokenizer: Tokenizer, index: int) -> int:
+        """Unusable documents of the units just before unit ``index`` that give no row at all."""
+        skipped = 0
+        while index > 0 and self.on_bad == "skip":  # "fail" leaves nothing out
+            index -= 1
+            unit = unit_at(self.units, index, self.seed)
+            found = empty_unit_skips(unit, tokenizer, self.layout.sequence_len)
+            if found is None:
+                break
+            skipped += found
+        return skipped
+
     def describe_unit(self, index: int) -> str:
         """Shard and row groups of a unit, for messages."""
         unit = unit_at(self.units, index, self.seed)
@@ -102,30 +119,56 @@ def plan_stream(
     """Lay out enough units for the horizon and one slab more (the splitter cuts its tail).
 
     Raises:
-        NanorayError: the training shards hold no text, or bad text and ``on_bad`` is "fail".
+        NanorayError: the training shards hold no text, too little for one row, or bad text and
+            ``on_bad`` is "fail".
     """
     units = tuple(list_units(row_groups))
     if not units:
         raise NanorayError("the training shards have no rows; build the corpus again")
-    needed_rows = (num_steps + 2 * layout.slab_steps) * layout.rows_per_step
-    needed_tokens = needed_rows * (layout.sequence_len + 1)
-    needed_bytes = needed_tokens * MARGIN * _bytes_per_token(row_groups[0], tokenizer, on_bad)
+    density = _tokens_per_byte(row_groups, tokenizer, on_bad)
     bytes_of = {(g.shard, g.row_group): g.num_bytes for g in row_groups}
-    unit_bytes = [sum(bytes_of[key] for key in unit.row_groups) for unit in units]
+    unit_rows = []
+    for unit in units:
+        rows = sum(bytes_of[key] for key in unit.row_groups) * density / (layout.sequence_len + 1)
+        # What does not fill its last row is lost; the eighth, because this is an estimate.
+        unit_rows.append(max(rows - 1, rows / 8))
+    if max(unit_rows) * 8 < 0.5:
+        raise NanorayError(
+            f"the training shards hold too little text for one row of {layout.sequence_len} "
+            f"tokens; lower --max-seq-len or build a larger corpus"
+        )
+    needed_rows = MARGIN * (num_steps + 2 * layout.slab_steps) * layout.rows_per_step
     # Whole epochs, then the largest units are left out of the count: any order then suffices.
-    epochs, rest = divmod(needed_bytes, sum(unit_bytes))
-    ascending = itertools.accumulate(sorted(unit_bytes))
+    epochs, rest = divmod(needed_rows, sum(unit_rows))
+    ascending = itertools.accumulate(sorted(unit_rows))
     extra = sum(1 for total in ascending if total < rest) + 1
-    num_units = int(epochs) * len(units) + min(extra, len(units)) + 2
+    num_units = int(epochs) * len(units) + min(extra, len(units)) + SPARE_UNITS
     return StreamPlan(units, num_units, layout, num_steps, seed, on_bad)
 
 
-def _bytes_per_token(group: RowGroup, tokenizer: Tokenizer, on_bad: OnBad) -> float:
-    texts, _skipped = read_row_group(group.shard, group.row_group, on_bad)
-    ids = tokenizer.encode_batch(texts[:SAMPLE_DOCUMENTS])
-    num_tokens = sum(len(doc) + 1 for doc in ids)
-    num_bytes = sum(len(text.encode("utf-8", "replace")) for text in texts[:SAMPLE_DOCUMENTS])
-    return max(1.0, num_bytes / max(1, num_tokens))
+def _tokens_per_byte(
+    row_groups: Sequence[RowGroup], tokenizer: Tokenizer, on_bad: OnBad
+) -> float:
+    """Tokens, BOS counted, that a byte of the corpus's row groups gives, unusable ones counted.
+
+    Row groups are drawn until enough of them hold text, so that it is known how rare these are.
+    """
+    num_tokens = num_bytes = 0.0
+    usable = 0
+    for index in permutation(len(row_groups), 0):
+        group = row_groups[index]
+        texts, _skipped = read_row_group(group.shard, group.row_group, on_bad)
+        num_bytes += group.num_bytes
+        if texts:
+            sample = texts[:: -(-len(texts) // SAMPLE_DOCUMENTS)]
+            sample = [text[:SAMPLE_CHARS] for text in sample]
+            tokens = sum(map(len, tokenizer.encode_batch(sample)))
+            share = sum(map(len, sample)) / sum(map(len, texts))
+            num_tokens += tokens / share + len(texts)
+            usable += 1
+        if usable == SAMPLE_GROUPS:
+            break
+    return num_tokens / max(1.0, num_bytes)
 
 
 def validation_rows(

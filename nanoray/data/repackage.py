@@ -23,7 +23,7 @@ import ray.data
 from nanoray import storage
 from nanoray.data.corpus import Corpus, building, finish_corpus
 from nanoray.data.shards import OnBad, read_row_group, row_groups
-from nanoray.data.sources import expand
+from nanoray.data.sources import describe_files, expand
 from nanoray.data.writer import ROW_GROUP_SIZE, SHARD_CHARS, shard_name, write_errors, write_shard
 from nanoray.errors import NanorayError
 
@@ -51,16 +51,18 @@ def repackage(
         NanorayError: no input, unusable input (file, row group and row are named), fewer than two
             documents, or an `out_dir` that holds other data or is not writable.
     """
+    files = _parquet_files(source)
     described: dict[str, Any] = {
         "kind": "repackage",
-        "from": source,
+        **describe_files(source, files),
+        "text_column": text_column,
         "seed": seed,
         "shard_chars": shard_chars,
         "row_group_size": row_group_size,
         "on_bad_shard": on_bad,
     }
     skipped: Counter[str] = Counter()
-    groups = row_groups(_parquet_files(source), on_bad, skipped, text_column)
+    groups = row_groups(files, on_bad, skipped, text_column)
     num_rows = sum(group.num_rows for group in groups)
     if num_rows < 2:
         raise NanorayError(

@@ -43,7 +43,7 @@ class RowGroup:
     """Index within the shard."""
     num_rows: int
     num_bytes: int
-    """Uncompressed bytes."""
+    """Uncompressed bytes of the text column."""
 
 
 class BadShardError(NanorayError):
@@ -138,7 +138,7 @@ def row_groups(
         except BadShardError as error:
             return error
         groups = (meta.row_group(i) for i in range(meta.num_row_groups))
-        return [RowGroup(uri, i, g.num_rows, g.total_byte_size) for i, g in enumerate(groups)]
+        return [RowGroup(uri, i, g.num_rows, _text_bytes(g, column)) for i, g in enumerate(groups)]
 
     found: list[RowGroup] = []
     for result in map_threads(of_shard, shards):
@@ -149,6 +149,11 @@ def row_groups(
         elif skipped is not None:
             skipped[f"shard_{result.kind}"] += 1
     return found
+
+
+def _text_bytes(group: pq.RowGroupMetaData, column: str) -> int:
+    columns = map(group.column, range(group.num_columns))
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == column)
 
 
 @contextlib.contextmanager

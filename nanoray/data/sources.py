@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from nanoray import storage
-from nanoray.data.shards import OnBad, read_row_group, row_groups
+from nanoray.data.shards import OnBad, map_threads, read_row_group, row_groups
 from nanoray.errors import NanorayError
 
 # A text file up to this length is one document; a longer one is cut at blank lines.
@@ -53,6 +54,23 @@ def expand(source: str) -> list[str]:
     if not files:
         raise NanorayError(f"{source} holds no file of a known kind; take one of {_known()}")
     return sorted(files)
+
+
+def describe_files(source: str, files: list[str]) -> dict[str, Any]:
+    """What a corpus's manifest keeps of its input: equal only for the same, unchanged files.
+
+    Args:
+        source: as the user typed it.
+        files: what `expand` made of it.
+    """
+    versions = hashlib.sha256()
+    for uri, version in zip(files, map_threads(storage.version, files)):
+        versions.update(f"{uri}\0{version}\n".encode("utf-8", "surrogateescape"))
+    return {
+        "from": storage.normalize(source),
+        "num_files": len(files),
+        "versions": versions.hexdigest(),
+    }
 
 
 def _kind(uri: str) -> str | None:

@@ -93,3 +93,20 @@ def pack_unit(unit: Unit, tokenizer: Tokenizer, T: int, seed: int, on_bad: OnBad
         skipped += sum(bad.values())
     packed = tokenize_and_pack(texts, tokenizer, T, (seed, unit.epoch))
     return replace(packed, documents_skipped=skipped)
+
+
+def empty_unit_skips(unit: Unit, tokenizer: Tokenizer, T: int) -> int | None:
+    """How many documents were unusable in a unit that packs to no row; None if it has rows.
+
+    It has rows as soon as its tokens, with a BOS each document, are more than one row's inputs
+    (`nanoray.data.packing`), so no more than that is tokenized.
+    """
+    num_tokens = skipped = 0
+    for shard, row_group in unit.row_groups:
+        valid, bad = read_row_group(shard, row_group, "skip")
+        skipped += sum(bad.values())
+        for text in valid:
+            num_tokens += len(tokenizer.encode(text)) + 1
+            if num_tokens > T:
+                return None
+    return skipped

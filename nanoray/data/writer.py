@@ -119,20 +119,19 @@ class _ShardFile:
 class ShardWriter:
     """Streams texts into ``shard_00000.parquet``, ``shard_00001.parquet``, …
 
-    A shard is closed at the end of the row group with which it reaches ``shard_chars``.
+    Its user says where one shard ends and the next begins.
 
     Example:
-        with ShardWriter(folder, shard_chars=1_000_000) as writer:
-            for text in texts:
-                writer.write(text)
+        with ShardWriter(folder) as writer:
+            for texts in shards:
+                for text in texts:
+                    writer.write(text)
+                writer.next_shard()
         print(writer.shards)
     """
 
-    def __init__(
-        self, out_dir: str, shard_chars: int = SHARD_CHARS, row_group_size: int = ROW_GROUP_SIZE
-    ) -> None:
+    def __init__(self, out_dir: str, row_group_size: int = ROW_GROUP_SIZE) -> None:
         self.out_dir = out_dir
-        self.shard_chars = shard_chars
         self.row_group_size = row_group_size
         self.shards: list[str] = []
         self.num_docs = 0
@@ -144,8 +143,6 @@ class ShardWriter:
         self._buffer.append(text)
         if len(self._buffer) == self.row_group_size:
             self._flush()
-            if self._file is not None and self._file.num_chars >= self.shard_chars:
-                self.next_shard()
 
     def next_shard(self) -> None:
         """Finish the current shard; the next text begins a new one."""

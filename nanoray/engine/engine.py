@@ -317,6 +317,7 @@ class Engine:
         except BaseException as error:  # such as a device that is lost: nobody may wait for ever
             _logger.exception("the engine's thread ends")
             self._closed = True
+            self._take_inbox()
             for request in [*self._scheduler.running, *self._scheduler.waiting]:
                 request.finish("error", f"the engine failed: {error!r}")
                 request.done.set()

@@ -2,8 +2,8 @@
 
 Results are per example and depend on task, index and model alone, so that shards of the indices
 merge in any order. In floating point a sum depends on what else is in the batch; so that even
-near-ties fall the same way, examples share a batch by ``index // batch size``: shards made of whole
-batches give exactly what one run gives.
+near-ties fall the same way, batches are cut from fixed groups of examples, by index // GROUP_SIZE:
+shards made of whole groups give exactly what one run gives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from nanoray.evals.stats import centered, pass_at_k, wilson_interval
 from nanoray.tasks.base import Task
 from nanoray.tokenizer import Conversation, Tokenizer
 
-BATCH_SIZE = 16
+GROUP_SIZE = 64
+_BATCH_SIZE = 16
 
 # (prompts, token ids) -> logits of these ids after each prompt, fp32 [prompts, ids] on the host.
 LastLogits = Callable[[Sequence[Sequence[int]], Sequence[int]], Tensor]
@@ -81,7 +82,6 @@ def evaluate_categorical(
     indices: Sequence[int],
     *,
     max_len: int,
-    batch_size: int = BATCH_SIZE,
 ) -> list[ExampleResult]:
     """Take the likeliest of each example's letters, in the order of ``indices``.
 
@@ -93,17 +93,19 @@ def evaluate_categorical(
     """
     assert task.kind == "categorical"
     results: dict[int, ExampleResult] = {}
-    for _, group in itertools.groupby(sorted(set(indices)), lambda index: index // batch_size):
-        fitting = []
+    for _, group in itertools.groupby(sorted(set(indices)), lambda index: index // GROUP_SIZE):
+        questions = []
         for index in group:
             conversation = task.example(index)
             prompt = tokenizer.render_for_completion(conversation)
             if len(prompt) > max_len:
                 results[index] = _too_long(index, len(prompt), max_len)
             else:
-                fitting.append((index, conversation, prompt))
-        if fitting:
-            results |= _choose(last_logits, tokenizer, task, fitting)
+                questions.append((index, conversation, prompt))
+        questions.sort(key=lambda question: len(question[2]))  # so that little is padding
+        for first in range(0, len(questions), _BATCH_SIZE):
+            batch = questions[first : first + _BATCH_SIZE]
+            results |= _choose(last_logits, tokenizer, task, batch)
     return [results[index] for index in indices]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nanoray.engine import CachedModel, Engine
 from nanoray.evals.chat import (
-    BATCH_SIZE,
+    GROUP_SIZE,
     ExampleResult,
     LetterLogits,
     TaskScore,
@@ -23,7 +23,6 @@ from nanoray.tasks.base import Task
 from nanoray.tasks.catalog import load_task
 from nanoray.tools.calculator import calculate
 
-_CHUNK = 4 * BATCH_SIZE  # examples of an item: whole batches, see nanoray.evals.chat
 _NUM_SLOTS = 16
 
 
@@ -57,9 +56,9 @@ class ChatSuite:
 
     def items(self) -> list[tuple[str, int, int]]:
         return [
-            (name, start, min(start + _CHUNK, len(task)))
+            (name, start, min(start + GROUP_SIZE, len(task)))
             for name, task in self._tasks.items()
-            for start in range(0, len(task), _CHUNK)
+            for start in range(0, len(task), GROUP_SIZE)
         ]
 
     def worker(

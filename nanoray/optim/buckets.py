@@ -141,10 +141,6 @@ class Bucket:
     def _communicate_params(self) -> Any:
         raise NotImplementedError
 
-    def owned_grads(self) -> list[Tensor]:
-        """The reduced gradients that this rank accounts for (all ranks together: each once)."""
-        raise NotImplementedError
-
     def update(self, settings: StepSettings) -> None:
         """Update the owned parameters and states from the reduced gradients."""
         raise NotImplementedError
@@ -208,9 +204,6 @@ class ShardedBucket(Bucket):
             group=self.ranks.group,
             async_op=True,
         )
-
-    def owned_grads(self) -> list[Tensor]:
-        return [self.grad_buffer[self.owned]]
 
 
 @dataclass
@@ -329,9 +322,6 @@ class SmallBucket(Bucket):
 
     def _communicate_params(self) -> Any:
         return None  # every rank has computed the same update
-
-    def owned_grads(self) -> list[Tensor]:
-        return [self.grad_buffer] if self.ranks.rank == 0 else []
 
     def update(self, settings: StepSettings) -> None:
         members = {member.name: member for member in self.members}

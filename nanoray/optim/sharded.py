@@ -103,11 +103,9 @@ class MuonAdamW:
             direction=direction,
             apply_=apply_,
         )
-        self._ranks = ranks
         self._buckets = build_buckets(named_params, groups, ranks, kernels)
         self._next_to_launch = 0
         self._in_last_backward = False
-        self._grad_norm_sq: Tensor | None = None
         self._hooks = []
         for bucket in self._buckets:
             bucket.arm()
@@ -141,29 +139,19 @@ class MuonAdamW:
         lr_multiplier: float,
         muon_momentum: float,
         weight_decay_multiplier: float,
-        *,
-        measure_grad_norm: bool = False,
     ) -> None:
         """One update from the summed gradients; afterwards these are zero.
 
         Args:
             lr_multiplier, muon_momentum, weight_decay_multiplier: see `Schedule.at`.
-            measure_grad_norm: also reduce the squared norm, for `grad_norm` (the same on all
-                ranks, since it is a collective).
         """
         settings = StepSettings(lr_multiplier, muon_momentum, weight_decay_multiplier)
         while self._next_to_launch < len(self._buckets):
             self._launch_next()
-        self._grad_norm_sq = None
-        norms_sq: list[Tensor] = []
         for bucket in self._buckets:
             bucket.wait()
-            if measure_grad_norm:
-                norms_sq += [g.float().square().sum() for g in bucket.owned_grads()]
             bucket.update(settings)
             bucket.start_gather()
-        if measure_grad_norm:
-            self._grad_norm_sq = self._sum_over_ranks(norms_sq)
         for bucket in self._buckets:
             bucket.grad_buffer.zero_()  # while the gathers are under way
         for bucket in self._buckets:
@@ -171,20 +159,6 @@ class MuonAdamW:
             bucket.arm()
         self._next_to_launch = 0
         self._in_last_backward = False
-
-    def _sum_over_ranks(self, values: list[Tensor]) -> Tensor:
-        device = self._buckets[0].grad_buffer.device
-        total = torch.stack(values).sum() if values else torch.zeros((), device=device)
-        if self._ranks.world_size > 1:
-            dist.all_reduce(total, group=self._ranks.group)
-        return total
-
-    def grad_norm(self) -> float | None:
-        """Norm of the last step's summed gradient, None if it was not measured.
-
-        On an accelerator this waits for the step: call it where the loss is fetched, too.
-        """
-        return None if self._grad_norm_sq is None else self._grad_norm_sq.sqrt().item()
 
     def state_shards(self) -> list[StateShard]:
         """What this rank owns of the states, by parameter name and row range.

@@ -7,11 +7,13 @@ then validation, samples, a checkpoint. What needs a cluster is handed in throug
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from nanoray import storage
@@ -37,9 +39,10 @@ from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.plan import PretrainPlan
 from nanoray.train.record import record_samples, record_summary, summary
 from nanoray.train.resume import StartLostError
-from nanoray.train.step import TrainStep
+from nanoray.train.saving import AgreedSaves
+from nanoray.train.step import StepTimes, TrainStep
 from nanoray.train.validation import Validation
-from nanoray.train.watch import LossWatch, Progress, TrainingHealthError
+from nanoray.train.watch import LossWatch, Progress, TrainingHealthError, describe_rows
 from nanoray.train.world import World
 
 OpenBlocks = Callable[[StreamPlan, Tokenizer, Cursor], Iterator[Block]]
@@ -123,6 +126,7 @@ class PretrainWorker:
             keep=self.config["keep_checkpoints"],
             guard=hooks.guard,
         )
+        self.saves = AgreedSaves(self.writer, world, hooks.post)
 
     def _build(self) -> None:
         config = self.config
@@ -205,9 +209,13 @@ class PretrainWorker:
         )
         stopped = ""
         while progress.step < plan.num_iterations and not stopped:
-            stopped = self._train_step(shares)
-            self._milestones(bool(stopped))
-        self.writer.wait()
+            stopped, save_failed = self._train_step(shares)
+            # Told to stop in its last step, a run is finished all the same.
+            stopping = bool(stopped) and progress.step < plan.num_iterations
+            self._milestones(stopping, save_failed)
+        if self.saves.settle():
+            self._save()
+            self.saves.settle()
         status = "stopped" if progress.step < plan.num_iterations else "finished"
         summary = self._summary(status)
         if self.world.is_first:
@@ -215,8 +223,8 @@ class PretrainWorker:
         self.hooks.report({"step": progress.step, "status": status})
         return summary | {"stop_reason": stopped}
 
-    def _train_step(self, shares: Iterator[StepRows]) -> str:
-        """One step; returns why to stop after it, or an empty string."""
+    def _train_step(self, shares: Iterator[StepRows]) -> tuple[str, bool]:
+        """One step; returns why to stop after it (or ""), and whether a worker's save failed."""
         plan, progress = self.plan, self.progress
         start = time.perf_counter()
         rows = next(shares)
@@ -224,60 +232,73 @@ class PretrainWorker:
         lr_multiplier, momentum, decay = self.schedule.at(progress.step)
         loss, times = self.step(rows.ids, plan.total_batch_size, lr_multiplier, momentum, decay)
         reason = self.hooks.stop_reason() if self.world.is_first else ""
-        sums = self.world.sum_ints([rows.hash(), int(bool(reason)), *rows.counts.values()])
-        batch_hash, stop, *counts = sums
+        flags = (int(bool(reason)), int(self.writer.failed))
+        sums = self.world.sum_ints([rows.hash(), *flags, *rows.counts.values()])
+        batch_hash, stop, save_failed, *counts = sums
         step_s = time.perf_counter() - start
         self.slab, self.slab_first_step = rows.slab, rows.slab_first_step
-        if rows.units:
-            self.epoch = self.stream.epoch(rows.units[-1])
+        if len(rows.units):
+            self.epoch = self.stream.epoch(int(rows.units.max()))
         progress.step += 1
         progress.loss = loss
         progress.add_step_time(step_s)
         for name, count in zip(rows.counts, counts):
             setattr(progress, name, getattr(progress, name) + count)
-        self._check_loss(loss, rows)
+        problem = self.loss_watch.problem(loss)
         progress.loss_average = self.loss_watch.average
-        if self.log and (progress.step % self.config["log_every"] == 0 or progress.step == 1):
-            tokens_per_s = plan.total_batch_size / step_s
-            record = {
-                "step": progress.step,
-                "loss": loss,
+        due = progress.step % self.config["log_every"] == 0 or progress.step == 1
+        if self.log and (due or problem):
+            measured = {
                 "lr_multiplier": lr_multiplier,
-                "tokens": progress.step * plan.total_batch_size,
-                "tokens_per_s": tokens_per_s,
-                "mfu": self._mfu(tokens_per_s),
                 "step_s": step_s,
                 "data_wait_s": data_wait_s,
-                "forward_backward_s": times.forward_backward_s,
-                "optimizer_s": times.optimizer_s,
-                "epoch": self.epoch,
                 "batch_hash": f"{batch_hash % 2**64:016x}",
-                "tokens_cropped": progress.tokens_cropped,
-                "documents_skipped": progress.documents_skipped,
-                "eta_s": progress.eta_s(plan.num_iterations),
             }
-            if self.writer.last_save_s is not None:
-                record["checkpoint_s"], self.writer.last_save_s = self.writer.last_save_s, None
-            self.log.log(record)
-        return reason or ("another worker was told to stop" if stop else "")
+            self._log_step(self.log, measured, times)
+        if problem:
+            raise self._unhealthy(problem, rows, batch_hash)
+        return reason or ("another worker was told to stop" if stop else ""), bool(save_failed)
+
+    def _log_step(self, log: MetricsLog, measured: dict[str, Any], times: StepTimes) -> None:
+        plan, progress = self.plan, self.progress
+        tokens_per_s = plan.total_batch_size / measured["step_s"]
+        record = {
+            "step": progress.step,
+            "loss": progress.loss,
+            "tokens": progress.step * plan.total_batch_size,
+            "tokens_per_s": tokens_per_s,
+            "mfu": self._mfu(tokens_per_s),
+            "forward_backward_s": times.forward_backward_s,
+            "optimizer_s": times.optimizer_s,
+            "epoch": self.epoch,
+            "tokens_cropped": progress.tokens_cropped,
+            "documents_skipped": progress.documents_skipped,
+            "eta_s": progress.eta_s(plan.num_iterations),
+            **measured,
+        }
+        if self.writer.last_save_s is not None:
+            record["checkpoint_s"], self.writer.last_save_s = self.writer.last_save_s, None
+        log.log(record)
 
     def _mfu(self, tokens_per_s: float) -> float:
         peak = peak_flops(self.world.device, self.dtype) * self.world.size
         return tokens_per_s * self.plan.flops_per_token / peak
 
-    def _check_loss(self, loss: float, rows: StepRows) -> None:
-        problem = self.loss_watch.problem(loss)
-        if not problem:
-            return
-        units = sorted({u for part in self.world.gather(rows.units) for u in part})
-        where = ", ".join(f"unit {u} ({self.stream.describe_unit(u)})" for u in units)
-        raise TrainingHealthError(
-            f"stopped at step {self.progress.step}: {problem}; the batch's rows come from "
-            f"{where}; the last checkpoint stands - look at these documents with `python -m "
-            f"jobs.data inspect`, lower the learning rates, or raise --spike-factor"
+    def _unhealthy(self, problem: str, rows: StepRows, batch_hash: int) -> TrainingHealthError:
+        """What to raise, on all workers, after a step with a broken loss; they meet here."""
+        parts = self.world.gather((rows.units, rows.rows))
+        units, numbers = (np.concatenate(columns) for columns in zip(*parts))
+        mend = "take another --run with lower learning rates"
+        if math.isfinite(self.progress.loss or 0.0):
+            mend = f"run the same command with a higher --spike-factor to go on from it, or {mend}"
+        return TrainingHealthError(
+            f"stopped at step {self.progress.step}: {problem}; the rows of batch "
+            f"{batch_hash % 2**64:016x} come from "
+            f"{describe_rows(units, numbers, self.stream.describe_unit)}; the last checkpoint "
+            f"stands - look at these documents with `python -m jobs.data inspect`; {mend}"
         )
 
-    def _milestones(self, stopping: bool) -> None:
+    def _milestones(self, stopping: bool, save_failed: bool) -> None:
         step = self.progress.step
         last = step == self.plan.num_iterations
 
@@ -289,7 +310,10 @@ class PretrainWorker:
             record |= self._validate()
         if due(self.config["sample_every"]) and not stopping and self.world.is_first:
             self._sample()
-        if due(self.config["save_every"]) or stopping:
+        if save_failed:
+            self.writer.give_up()
+        if due(self.config["save_every"]) or stopping or save_failed:
+            self.saves.settle()
             self._save()
             record["saved"] = step
         if record:

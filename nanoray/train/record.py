@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nanoray import storage
-from nanoray.checkpoint import list_steps
+from nanoray.checkpoint import Checkpoint, DamagedCheckpointError, list_steps
 from nanoray.errors import NanorayError
 from nanoray.train.plan import PretrainPlan
 from nanoray.train.watch import Progress
@@ -23,8 +23,11 @@ from nanoray.train.watch import Progress
 MAY_CHANGE = {
     "config", "dry_run", "device_batch_size", "eval_every", "eval_tokens", "sample_every",
     "save_every", "keep_checkpoints", "log_every", "num_workers", "cpus_per_worker",
-    "gpus_per_worker", "max_failures", "compile_mode", "wandb", "dashboard",
+    "gpus_per_worker", "max_failures", "compile_mode", "wandb", "dashboard", "spike_factor",
 }  # fmt: skip
+# And these, one way: what an error message offers as a mend. Where nothing is bad, both compute
+# the same; back again, a run would fail at what it has skipped.
+MAY_BECOME = {("on_bad_shard", "fail", "skip")}
 
 
 def check_resume(plan: PretrainPlan) -> bool:
@@ -33,16 +36,16 @@ def check_resume(plan: PretrainPlan) -> bool:
     Raises:
         NanorayError: the run exists and would compute something else now (shows what).
     """
-    uri = storage.join(plan.run_dir, "config.json")
-    if not storage.exists(uri) or not list_steps(plan.checkpoints_dir):
-        return False  # nothing that could be taken up
     try:
-        lines = difference(json.loads(storage.read_bytes(uri)), plan.to_dict())
+        old = _read_config(plan)
+        if old is None:
+            return False  # nothing that could be taken up
+        lines = difference(old, plan.to_dict())
         status = _read_summary(plan).get("status")
     except (ValueError, KeyError, AttributeError) as error:
         raise NanorayError(
-            f"{plan.run_dir} holds an unreadable config.json or summary.json ({error}); take "
-            f"another --run, or remove that folder"
+            f"{plan.run_dir} holds an unreadable config.json, summary.json or checkpoint "
+            f"({error}); take another --run, or remove that folder"
         ) from error
     if lines:
         raise NanorayError(
@@ -50,6 +53,24 @@ def check_resume(plan: PretrainPlan) -> bool:
             f"old values:\n  " + "\n  ".join(lines)
         )
     return bool(status == "finished")
+
+
+def _read_config(plan: PretrainPlan) -> dict[str, Any] | None:
+    """The plan that the run was begun with; None where no checkpoint could be taken up.
+
+    Where ``config.json`` is missing, that of the newest checkpoint whose ``meta.json`` is whole.
+    """
+    steps = list_steps(plan.checkpoints_dir)
+    uri = storage.join(plan.run_dir, "config.json")
+    if steps and storage.exists(uri):
+        config: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        return config
+    for step in reversed(steps):
+        with contextlib.suppress(DamagedCheckpointError):
+            with Checkpoint(plan.checkpoints_dir, step) as checkpoint:
+                saved: dict[str, Any] = checkpoint.meta["plan"]
+                return saved
+    return None
 
 
 def _read_summary(plan: PretrainPlan) -> dict[str, Any]:
@@ -65,7 +86,8 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     lines = []
     for key in sorted(set(old["config"]) | set(new["config"])):
         before, after = old["config"].get(key), new["config"].get(key)
-        if before != after and key not in MAY_CHANGE:
+        allowed = key in MAY_CHANGE or (key, before, after) in MAY_BECOME
+        if before != after and not allowed:
             lines.append(f"--{key.replace('_', '-')}: was {before}, is {after}")
     for key, what in (
         ("tokenizer_fingerprint", "tokenizer"),

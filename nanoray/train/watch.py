@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from nanoray.errors import NanorayError
 
 
 class TrainingHealthError(NanorayError):
     """The loss is not a number, or has jumped."""
+
+
+def describe_rows(units: np.ndarray, rows: np.ndarray, describe_unit: Callable[[int], str]) -> str:
+    """Where the rows of a batch come from, for a person: by unit, neighbours as a range.
+
+    Args:
+        units, rows: [n] of each row, in any order.
+    """
+    places = []
+    for unit in np.unique(units):
+        numbers = np.unique(rows[units == unit])
+        runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+        ranges = [f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs]
+        places.append(f"unit {unit} ({describe_unit(int(unit))}) rows {', '.join(ranges)}")
+    return "; ".join(places)
 
 
 @dataclass
