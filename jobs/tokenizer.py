@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from nanoray import storage
 from nanoray.config import TokenizerConfig, UsageError, run_job
-from nanoray.data.shards import list_shards, read_row_group, row_groups, split_shards
+from nanoray.data.shards import OnBad, list_shards, read_row_group, row_groups, split_shards
 from nanoray.errors import NanorayError
 from nanoray.tokenizer import (
     BPETokenizer,
@@ -40,11 +41,17 @@ def _directory(config: TokenizerConfig) -> str:
     return storage.tokenizer_dir(config.tokenizer or corpus_name)
 
 
-def _texts(shards: Sequence[str]) -> Iterator[str]:
+def _texts(shards: Sequence[str], on_bad: OnBad, skipped: Counter[str]) -> Iterator[str]:
     for shard in shards:
-        for group in row_groups([shard]):
-            texts, _skipped = read_row_group(shard, group.row_group, "fail")
+        for group in row_groups([shard], on_bad, skipped):
+            texts, bad = read_row_group(shard, group.row_group, on_bad)
+            skipped.update(bad)
             yield from texts
+
+
+def _print_skipped(skipped: Counter[str]) -> None:
+    for kind, count in sorted(skipped.items()):
+        print(f"left out: {count:,} {kind.replace('_', ' ')}")
 
 
 def train(config: TokenizerConfig) -> int:
@@ -56,17 +63,22 @@ def train(config: TokenizerConfig) -> int:
         print("dry run: configuration and data are fine")
         return 0
     start = time.perf_counter()
+    skipped: Counter[str] = Counter()
     tokenizer: Tokenizer
     if config.byte_level:
         tokenizer = ByteTokenizer()
     else:
         tokenizer = train_tokenizer(
-            _texts(shards), config.vocab_size, max_chars=config.max_chars, doc_cap=config.doc_cap
+            _texts(shards, config.on_bad_shard, skipped),
+            config.vocab_size,
+            max_chars=config.max_chars,
+            doc_cap=config.doc_cap,
         )
         assert isinstance(tokenizer, BPETokenizer)
     tokenizer.save(directory)
     seconds = time.perf_counter() - start
     print(f"vocabulary of {tokenizer.vocab_size:,} in {seconds:.1f} s: {directory}")
+    _print_skipped(skipped)
     return 0
 
 
@@ -93,13 +105,17 @@ def _validation_texts(config: TokenizerConfig) -> list[str]:
     _train, validation = split_shards(list_shards(storage.data_dir(config.corpus)))
     texts: list[str] = []
     chars = 0
-    for text in _texts(validation):
+    skipped: Counter[str] = Counter()
+    for text in _texts(validation, config.on_bad_shard, skipped):
         texts.append(text)
         chars += len(text)
         if chars >= config.eval_chars:
             break
+    _print_skipped(skipped)
     if not texts:
-        raise NanorayError(f"the validation shard {validation[0]} is empty; build the corpus again")
+        raise NanorayError(
+            f"the validation shard {validation[0]} has no usable text; build the corpus again"
+        )
     return texts
 
 

@@ -164,6 +164,18 @@ def test_a_stream_that_ends_early_says_so(corpus: str, tokenizer: Tokenizer) -> 
         list(step_rows(blocks, plan, 0, 1))
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_row_tells_its_unit_and_number(
+    corpus: str, tokenizer: Tokenizer, world_size: int
+) -> None:
+    plan = make_plan(corpus, tokenizer, num_steps=5)
+    for shares in rows_of(plan, tokenizer, world_size):
+        for share in shares:
+            for ids, unit, row in zip(share.ids, share.units, share.rows, strict=True):
+                packed = plan.pack(tokenizer, int(unit)).rows
+                np.testing.assert_array_equal(ids, packed[row])
+
+
 def test_counts_are_those_of_the_units_that_begin(corpus: str, tokenizer: Tokenizer) -> None:
     plan = make_plan(corpus, tokenizer)
     units = [plan.pack(tokenizer, index) for index in range(2)]

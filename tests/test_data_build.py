@@ -146,6 +146,39 @@ def test_from_jsonl(tmp_path: Path) -> None:
     assert bytes_of(tmp_path / "c") != bytes_of(tmp_path / "e")
 
 
+def test_an_old_corpus_is_never_taken_for_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "a.jsonl", [{"text": f"{folder} {i}"} for i in range(9)])
+    target = str(tmp_path / "c")
+    monkeypatch.chdir(tmp_path / "here")
+    made = build_from("a.jsonl", target)
+    assert build_from("a.jsonl", target) == made
+    assert build_from(str(tmp_path / "here" / "a.jsonl"), target) == made, "the same file"
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(NanorayError, match="already holds a corpus of another source"):
+        build_from("a.jsonl", target)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(NanorayError, match="already holds a corpus of another source"):
+        build_from("a.jsonl", target, text_column="body")
+    write_jsonl(tmp_path / "here" / "a.jsonl", [{"text": f"hare {i}"} for i in range(9)])
+    with pytest.raises(NanorayError, match=r"a.jsonl was before its files changed; delete that"):
+        build_from("a.jsonl", target)
+    assert bytes_of(tmp_path / "c")
+
+
+def test_a_file_that_joins_a_folder_changes_the_source(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    write_jsonl(source / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    build_from(str(source), str(tmp_path / "c"))
+    write_jsonl(source / "b.jsonl", [{"text": "three"}])
+    with pytest.raises(NanorayError, match="before its files changed"):
+        build_from(str(source), str(tmp_path / "c"))
+
+
 BAD_LINES = [
     (b'{"text": "cut sh', "invalid_json", "not a JSON object"),
     (b"[1, 2]", "invalid_json", "not a JSON object but list"),

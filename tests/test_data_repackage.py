@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -62,6 +63,37 @@ def test_shuffles_all_and_again_the_same(ray_session: None, source: Path, tmp_pa
 
     repackage(str(source), str(tmp_path / "b"), shard_chars=30_000, row_group_size=64)
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
+
+
+def test_an_old_corpus_is_never_taken_for_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanoray.data import repackage as module
+
+    def shuffle(_items: object, _assign: object, out_dir: str, *_rest: object) -> int:
+        """In place of Ray's: which texts come out does not matter here."""
+        for i in range(2):
+            write_shard(f"{out_dir}/shard_{i:05d}.parquet", ["a"])
+        return 2
+
+    monkeypatch.setattr(module, "_shuffle", shuffle)
+    for folder in ("here", "there"):
+        columns = {"text": ["a", "b"], "body": ["c", "d"]}
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.table(columns), tmp_path / folder / "x.parquet")
+    target = str(tmp_path / "c")
+    monkeypatch.chdir(tmp_path / "here")
+    made = module.repackage("x.parquet", target)
+    assert module.repackage("./x.parquet", target) == made
+    with pytest.raises(NanorayError, match="already holds a corpus of another source"):
+        module.repackage("x.parquet", target, text_column="body")
+    monkeypatch.chdir(tmp_path / "there")
+    with pytest.raises(NanorayError, match="already holds a corpus of another source"):
+        module.repackage("x.parquet", target)
+    monkeypatch.chdir(tmp_path / "here")
+    write_shard("x.parquet", ["a", "c"])
+    with pytest.raises(NanorayError, match="before its files changed"):
+        module.repackage("x.parquet", target)
 
 
 @pytest.mark.slow

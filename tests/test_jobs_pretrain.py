@@ -22,7 +22,7 @@ from jobs.progress import ProgressPrinter
 from nanoray.config import UsageError
 from nanoray.errors import NanorayError
 from nanoray.tokenizer import train_tokenizer
-from nanoray.train.record import record_config, record_failure
+from nanoray.train.record import check_resume, record_config, record_failure
 
 ROOT = Path(__file__).parents[1]
 Flags = Callable[..., list[str]]
@@ -103,6 +103,34 @@ def test_a_tokenizer_that_changed_is_refused(
     train_tokenizer(make_texts(100), 300).save(folder)
     assert jobs.pretrain.main(flags(tokenizer=str(folder), num_iterations=2)) == 0
     assert "run mine is finished" in capsys.readouterr().out
+
+
+def test_what_a_message_offers_is_not_refused(home: Path, corpus: str, tokenizer_dir: str) -> None:
+    plan = tiny_plan(corpus, tokenizer_dir, "mine", num_iterations=2)
+    run_plan(plan)
+    record_config(plan)
+    mended = {"num_iterations": 2, "on_bad_shard": "skip", "spike_factor": 9.0}
+    skipping = tiny_plan(corpus, tokenizer_dir, "mine", **mended)
+    assert check_resume(skipping)
+    record_config(skipping)
+    with pytest.raises(NanorayError, match=r"--on-bad-shard: was skip, is fail"):
+        check_resume(plan)
+
+
+def test_without_config_json_the_checkpoint_tells_the_configuration(
+    home: Path, corpus: str, tokenizer_dir: str
+) -> None:
+    plan = tiny_plan(corpus, tokenizer_dir, "mine", num_iterations=4, save_every=2)
+    other = tiny_plan(corpus, tokenizer_dir, "mine", num_iterations=4, seed=8)
+    assert not check_resume(other), "there is nothing yet"
+    run_plan(plan)
+    assert not Path(plan.run_dir, "config.json").exists()
+    for damaged in (None, "step_000004"):
+        if damaged:
+            Path(plan.checkpoints_dir, damaged, "meta.json").write_text("{}")
+        assert check_resume(plan)
+        with pytest.raises(NanorayError, match=r"another configuration[\s\S]*--seed: was 7, is 8"):
+            check_resume(other)
 
 
 def test_a_failed_run_says_so_in_its_summary(home: Path, corpus: str, tokenizer_dir: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from nanoray.checkpoint import list_steps
 from nanoray.data.blocks import Cursor, local_blocks, step_rows
 from nanoray.data.writer import write_shard
 from nanoray.errors import NanorayError
+from nanoray.metrics import read_records
 from nanoray.train.plan import PretrainPlan
 from nanoray.train.pretrain import Hooks, PretrainWorker
+from nanoray.train.record import check_resume, record_config
 from nanoray.train.resume import StartLostError, choose_start
 from nanoray.train.step import micro_batches
-from nanoray.train.watch import LossWatch, Progress, TrainingHealthError
+from nanoray.train.watch import LossWatch, Progress, TrainingHealthError, describe_rows
 from nanoray.train.world import World
 
 GOLDEN = Path(__file__).parent / "golden" / "pretrain_losses.json"
@@ -205,12 +208,53 @@ def test_a_nan_stops_the_run_and_names_step_and_rows(
         return honest(self, x, y) * (float("nan") if calls == 14 else 1.0)  # two calls a step
 
     monkeypatch.setattr(PretrainWorker, "_loss_sum", broken)
-    with pytest.raises(TrainingHealthError, match=r"step 7: the loss is nan.*shard_0000\d.parquet"):
+    where = r"unit \d+ \(shard_0000\d.parquet.*\) rows \d+-\d+"
+    with pytest.raises(TrainingHealthError, match=rf"step 7: the loss is nan.*{where}") as error:
         run_plan(plan)
+    assert "--spike-factor" not in str(error.value), "which would not help"
+    last = read_records(str(Path(plan.run_dir, "metrics.jsonl")))[-1]
+    assert (last["step"], last["loss"]) == (7, None)
+    assert f"batch {last['batch_hash']}" in str(error.value)
     assert list_steps(plan.checkpoints_dir) == [5], "no broken weights are saved"
     monkeypatch.undo()
     monkeypatch.setenv("NANORAY_HOME", str(home))
     assert run_plan(plan)["status"] == "finished", "it goes on from before"
+
+
+def test_a_spike_is_logged_and_passed_by_a_higher_factor(
+    home: Path, corpus: str, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny_plan(corpus, tokenizer_dir, "spike", log_every=10, save_every=3)
+    monkeypatch.setattr(LossWatch, "__init__", partialmethod(LossWatch.__init__, patience_steps=5))
+    honest = PretrainWorker._loss_sum
+
+    def spiky(self: PretrainWorker, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return honest(self, x, y) * (4.0 if self.progress.step == 7 else 1.0)
+
+    monkeypatch.setattr(PretrainWorker, "_loss_sum", spiky)
+    with pytest.raises(TrainingHealthError, match=r"step 8: the loss jumped.*higher --spike-fac"):
+        run_plan(plan)
+    assert list(losses(plan)) == [1, 8], "the failing step is logged, whatever --log-every says"
+    record_config(plan)
+    higher = tiny_plan(corpus, tokenizer_dir, "spike", save_every=3, spike_factor=9.0)
+    assert not check_resume(higher)
+    assert run_plan(higher)["status"] == "finished"
+
+
+def test_rows_are_described_as_ranges() -> None:
+    units, rows = np.array([3, 1, 1, 1, 3, 1]), np.array([0, 9, 4, 5, 7, 3])
+    described = describe_rows(units, rows, lambda unit: f"shard {unit}")
+    assert described == "unit 1 (shard 1) rows 3-5, 9; unit 3 (shard 3) rows 0, 7"
+
+
+def test_a_stop_in_the_last_step_finishes_the_run(
+    home: Path, corpus: str, tokenizer_dir: str
+) -> None:
+    plan = tiny_plan(corpus, tokenizer_dir, "late", num_iterations=12)
+    summary = run_plan(plan, stop_step=12)
+    assert (summary["status"], summary["step"]) == ("finished", 12)
+    assert summary["val_bpb"] > 0
+    assert "## Step 12" in Path(plan.run_dir, "samples.md").read_text()
 
 
 def test_loss_watch_tells_spikes_from_the_beginning() -> None:

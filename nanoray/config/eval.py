@@ -86,7 +86,7 @@ class ChatEvalConfig(_RunConfig):
     num_samples: int = Field(1, ge=1, description="answers to a generative problem, for pass@k")
     max_tokens: int = Field(512, ge=1, description="tokens of an answer at most")
     temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token")
-    top_k: int = Field(50, ge=0, description="sample from the k likeliest tokens (0: from all)")
+    top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens (0: from all)")
 
 
 def _check_sizes(text: str) -> str:

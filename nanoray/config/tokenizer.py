@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from nanoray.config.base import JobConfig
@@ -17,4 +19,7 @@ class TokenizerConfig(JobConfig):
     doc_cap: int = Field(10_000, gt=0, description="characters of one document at most")
     byte_level: bool = Field(False, description="257 symbols (bytes and BOS) instead of BPE")
     eval_chars: int = Field(2_000_000, gt=0, description="validation characters that eval reads")
+    on_bad_shard: Literal["fail", "skip"] = Field(
+        "fail", description="unusable shards and rows: stop and name them, or leave them out"
+    )
     show: str | None = Field(None, description="text whose tokens eval prints in colours")

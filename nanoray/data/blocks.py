@@ -31,7 +31,8 @@ def unit_block(plan: StreamPlan, tokenizer: Tokenizer, index: int, skip_rows: in
 
     Returns:
         ``ids`` [n, T+1] uint16 or uint32, ``unit`` and ``row`` [n] int64 (where each row comes
-        from), and the `COUNT_COLUMNS` [n] int64, zero but on row 0.
+        from), and the `COUNT_COLUMNS` [n] int64, zero but on row 0, which also tells the
+        unusable documents of units before it that gave no row.
     """
     packed = plan.pack(tokenizer, index)
     n = len(packed.rows)
@@ -44,6 +45,8 @@ def unit_block(plan: StreamPlan, tokenizer: Tokenizer, index: int, skip_rows: in
         block[name] = np.zeros(n, np.int64)
         if n:
             block[name][0] = getattr(packed, name)
+    if n and not skip_rows:
+        block["documents_skipped"][0] += plan.skipped_before(tokenizer, index)
     return {name: column[skip_rows:] for name, column in block.items()}
 
 

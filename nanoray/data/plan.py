@@ -146,9 +146,7 @@ def plan_stream(
     return StreamPlan(units, num_units, layout, num_steps, seed, on_bad)
 
 
-def _tokens_per_byte(
-    row_groups: Sequence[RowGroup], tokenizer: Tokenizer, on_bad: OnBad
-) -> float:
+def _tokens_per_byte(row_groups: Sequence[RowGroup], tokenizer: Tokenizer, on_bad: OnBad) -> float:
     """Tokens, BOS counted, that a byte of the corpus's row groups gives, unusable ones counted.
 
     Row groups are drawn until enough of them hold text, so that it is known how rare these are.

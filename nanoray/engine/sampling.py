@@ -27,7 +27,7 @@ class SamplingParams:
     temperature: float = 1.0
     """0 takes the likeliest token."""
     top_k: int = 0
-    """Keep the k likeliest tokens (and any as likely as the k-th); 0 keeps all."""
+    """Keep the k likeliest tokens (among equals, any or all); 0 keeps all."""
     top_p: float = 1.0
     """Keep the likeliest tokens whose probabilities first reach this sum (arXiv 1904.09751)."""
     min_p: float = 0.0
@@ -117,25 +117,26 @@ def sample(
     logits_BV: fp32, left as they are. Rows are independent, and the tokens lie in the order of
     their ids: a rounding error moves a boundary by as much, and never swaps two tokens.
     """
-    logprobs_BV = logits_BV.log_softmax(-1)
     scores_BV = _with_bias(logits_BV, params_B)
     tokens_B = scores_BV.argmax(-1)
     sampled_B = torch.zeros_like(tokens_B, dtype=torch.float32)
     drawn = [b for b, params in enumerate(params_B) if params.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits_BV.device)
-        scores_RV = _filtered(scores_BV[rows], [params_B[b] for b in drawn])
+        rows_R = torch.tensor(drawn, device=logits_BV.device)
+        params_R = [params_B[b] for b in drawn]
+        scores_RC, ids_RC = _candidates(scores_BV[rows_R], params_R)
+        scores_RC = _filtered(scores_RC, params_R)
         # fp64: over a large vocabulary fp32 sums lose the small probabilities.
-        cdf_RV = scores_RV.double().softmax(-1).cumsum_(-1)
+        cdf_RC = scores_RC.double().softmax(-1).cumsum_(-1)
         points_R = torch.tensor([uniforms_B[b] for b in drawn], dtype=torch.float64)
-        points_R1 = points_R.to(cdf_RV.device).unsqueeze(1) * cdf_RV[:, -1:]
-        # The first id whose sum exceeds the point; NaNs would lead past the end.
-        tokens_R1 = torch.searchsorted(cdf_RV, points_R1, right=True)
-        tokens_R1.clamp_(max=logits_BV.size(1) - 1)
-        sampled_R = scores_RV.log_softmax(-1).gather(1, tokens_R1).squeeze(1)
-        tokens_B[rows], sampled_B[rows] = tokens_R1.squeeze(1), sampled_R
+        points_R1 = points_R.to(cdf_RC.device).unsqueeze(1) * cdf_RC[:, -1:]
+        # The first whose sum exceeds the point; NaNs would lead past the end.
+        chosen_R1 = torch.searchsorted(cdf_RC, points_R1, right=True)
+        chosen_R1.clamp_(max=scores_RC.size(1) - 1)
+        tokens_B[rows_R] = ids_RC.gather(1, chosen_R1).squeeze(1)
+        sampled_B[rows_R] = scores_RC.log_softmax(-1).gather(1, chosen_R1).squeeze(1)
+    raw_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - logits_BV.logsumexp(-1)
     # One copy from the device for everything; ids below 2^53 are exact in fp64.
-    raw_B = logprobs_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1)
     host = torch.stack((tokens_B.double(), raw_B.double(), sampled_B.double())).tolist()
     return Drawn([int(token) for token in host[0]], host[1], host[2])
 
@@ -151,43 +152,53 @@ def _with_bias(logits_BV: Tensor, params_B: Sequence[SamplingParams]) -> Tensor:
     return logits_BV
 
 
-def _filtered(scores_RV: Tensor, params_R: Sequence[SamplingParams]) -> Tensor:
-    """Scores divided by the temperature, -inf where a filter removes a token."""
+def _candidates(scores_RV: Tensor, params_R: Sequence[SamplingParams]) -> tuple[Tensor, Tensor]:
+    """Scores [R, C] and ids of all tokens, or of the top k if every row has a top_k; by id."""
     V = scores_RV.size(1)
+    if any(not 0 < params.top_k < V for params in params_R):
+        return scores_RV, torch.arange(V, device=scores_RV.device).expand_as(scores_RV)
+    scores_RC, ids_RC = torch.topk(scores_RV, max(params.top_k for params in params_R), dim=-1)
+    ids_RC, order_RC = ids_RC.sort(-1)
+    return scores_RC.gather(1, order_RC), ids_RC
+
+
+def _filtered(scores_RC: Tensor, params_R: Sequence[SamplingParams]) -> Tensor:
+    """Scores divided by the temperature, -inf where a filter removes a token."""
+    C = scores_RC.size(1)
 
     def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=scores_RV.device).unsqueeze(1)
+        return torch.tensor(values, device=scores_RC.device).unsqueeze(1)
 
     # Dividing the distance to the largest score overflows to -inf at worst, never to NaN.
-    scores_RV = scores_RV - scores_RV.amax(-1, keepdim=True)
-    scores_RV = scores_RV / column([params.temperature for params in params_R]).clamp_(min=1e-30)
-    top_ks = [min(params.top_k or V, V) for params in params_R]
-    if min(top_ks) < V:
-        largest = torch.topk(scores_RV, max(k for k in top_ks if k < V), dim=-1).values
-        kth_R1 = torch.tensor(top_ks, device=scores_RV.device).unsqueeze(1)
+    scores_RC = scores_RC - scores_RC.amax(-1, keepdim=True)
+    scores_RC = scores_RC / column([params.temperature for params in params_R]).clamp_(min=1e-30)
+    top_ks = [min(params.top_k or C, C) for params in params_R]
+    if min(top_ks) < C:
+        largest = torch.topk(scores_RC, max(k for k in top_ks if k < C), dim=-1).values
+        kth_R1 = torch.tensor(top_ks, device=scores_RC.device).unsqueeze(1)
         least_R1 = largest.gather(1, kth_R1.clamp(max=largest.size(1)) - 1)
-        least_R1 = torch.where(kth_R1 < V, least_R1, -torch.inf)
-        scores_RV = scores_RV.masked_fill(scores_RV < least_R1, -torch.inf)
+        least_R1 = torch.where(kth_R1 < C, least_R1, -torch.inf)
+        scores_RC = scores_RC.masked_fill(scores_RC < least_R1, -torch.inf)
     if any(params.top_p < 1 for params in params_R):
-        least_R1 = _nucleus_floor(scores_RV, column([params.top_p for params in params_R]))
-        scores_RV = scores_RV.masked_fill(scores_RV < least_R1, -torch.inf)
+        least_R1 = _nucleus_floor(scores_RC, column([params.top_p for params in params_R]))
+        scores_RC = scores_RC.masked_fill(scores_RC < least_R1, -torch.inf)
     if any(params.min_p > 0 for params in params_R):
         least_R1 = column([params.min_p for params in params_R]).log()  # the largest score is 0
-        scores_RV = scores_RV.masked_fill(scores_RV < least_R1, -torch.inf)
-    return scores_RV
+        scores_RC = scores_RC.masked_fill(scores_RC < least_R1, -torch.inf)
+    return scores_RC
 
 
-def _nucleus_floor(scores_RV: Tensor, top_p_R1: Tensor) -> Tensor:
+def _nucleus_floor(scores_RC: Tensor, top_p_R1: Tensor) -> Tensor:
     """The least score inside each row's nucleus; -inf where top_p is 1."""
-    V = scores_RV.size(1)
-    total_R1 = scores_RV.logsumexp(-1, keepdim=True)
-    count = min(_NUCLEUS_GUESS, V)
+    C = scores_RC.size(1)
+    total_R1 = scores_RC.logsumexp(-1, keepdim=True)
+    count = min(_NUCLEUS_GUESS, C)
     while True:
-        largest_RC = torch.topk(scores_RV, count, dim=-1).values
-        before_RC = (largest_RC - total_R1).exp().cumsum(-1)
-        short_R1 = (before_RC < top_p_R1).sum(-1, keepdim=True)  # tokens that do not yet reach it
-        if count == V or not bool(((short_R1 == count) & (top_p_R1 < 1)).any()):
+        largest_RN = torch.topk(scores_RC, count, dim=-1).values
+        sums_RN = (largest_RN - total_R1).exp().cumsum(-1)
+        short_R1 = (sums_RN < top_p_R1).sum(-1, keepdim=True)  # tokens that do not yet reach it
+        if count == C or not bool(((short_R1 == count) & (top_p_R1 < 1)).any()):
             break
-        count = min(8 * count, V)
-    least_R1 = largest_RC.gather(1, short_R1.clamp(max=count - 1))
+        count = min(8 * count, C)
+    least_R1 = largest_RN.gather(1, short_R1.clamp(max=count - 1))
     return torch.where(top_p_R1 < 1, least_R1, -torch.inf)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 from nanoray import laws, storage
 from nanoray.config import PretrainConfig, parse_worker_range
 from nanoray.data.plan import Layout, StreamPlan, layout, plan_stream
-from nanoray.data.shards import RowGroup, corpus_fingerprint, list_shards, row_groups, split_shards
+from nanoray.data.shards import (
+    BadShardError,
+    RowGroup,
+    corpus_fingerprint,
+    list_shards,
+    row_groups,
+    split_shards,
+)
 from nanoray.errors import NanorayError
 from nanoray.model.config import GPTConfig
 from nanoray.tokenizer import Tokenizer, load_tokenizer
@@ -64,13 +72,25 @@ class PretrainPlan:
         return min(int(self.config["device_batch_size"]), share)
 
     @cached_property
+    def skipped_shards(self) -> Counter[str]:
+        """What `training_row_groups` left out, by kind."""
+        return Counter()
+
+    @cached_property
     def training_row_groups(self) -> list[RowGroup]:
         shards, _validation = split_shards(list_shards(self.corpus_dir))
-        return row_groups(shards)
+        return row_groups(shards, self.config["on_bad_shard"], self.skipped_shards)
 
     def validation_row_groups(self) -> list[RowGroup]:
+        """Raises NanorayError: the shard cannot be read; there is no other to go on with."""
         _shards, validation = split_shards(list_shards(self.corpus_dir))
-        return row_groups(validation)
+        try:
+            return row_groups(validation)
+        except BadShardError as error:
+            raise NanorayError(
+                f"the validation shard {validation[0]} cannot be used ({error.reason}), and it is "
+                f"never skipped; delete it and fetch or build it again"
+            ) from error
 
     def stream(self, tokenizer: Tokenizer) -> StreamPlan:
         return plan_stream(
@@ -102,6 +122,9 @@ class PretrainPlan:
         ]
         if self.weight_decay_capped:
             lines[-1] += " (the law's value is for depth >= 8; capped to that of depth 8)"
+        if self.training_row_groups and self.skipped_shards:  # the first counts the second
+            kinds = ", ".join(f"{n:,} {kind}" for kind, n in sorted(self.skipped_shards.items()))
+            lines.append(f"left out   {kinds.replace('_', ' ')} of the training shards")
         return lines
 
 
@@ -138,7 +161,6 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     run = storage.check_name(config.run or f"d{config.depth}", "run")
     corpus_dir = storage.data_dir(config.corpus)
     shards = list_shards(corpus_dir)
-    split_shards(shards)
     corpus_name = corpus_dir.rstrip("/").rsplit("/", 1)[-1]
     tokenizer_dir = storage.tokenizer_dir(config.tokenizer or corpus_name)
     tokenizer = load_tokenizer(tokenizer_dir)

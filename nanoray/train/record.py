@@ -66,10 +66,12 @@ def _read_config(plan: PretrainPlan) -> dict[str, Any] | None:
         config: dict[str, Any] = json.loads(storage.read_bytes(uri))
         return config
     for step in reversed(steps):
-        with contextlib.suppress(DamagedCheckpointError):
+        try:
             with Checkpoint(plan.checkpoints_dir, step) as checkpoint:
                 saved: dict[str, Any] = checkpoint.meta["plan"]
                 return saved
+        except DamagedCheckpointError:
+            continue  # the one before it is what will be taken up
     return None
 
 
