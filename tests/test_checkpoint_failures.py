@@ -250,7 +250,7 @@ def test_files_that_do_not_fit(local_root: str, forker: Forker) -> None:
     ]
     forker.start(f"exec({chr(10).join(lines)!r})")
     error = forker.read_until("error")
-    assert error.startswith("error NanorayError checkpoint of step 2 could not be saved")
+    assert error.startswith("error SaveFailedError checkpoint of step 2 could not be saved")
     assert "File too large" in error
     forker.read_until("end")
     assert storage.list_names(local_root) == ["step_000001"]

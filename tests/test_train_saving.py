@@ -11,9 +11,9 @@ import pytest
 import torch
 from checkpoints import assert_latest, make_snapshot, make_writers, names
 from gloo import run_gloo
-from pretrain_runs import hashes, losses, run_plan, tiny_plan, weights, work
+from pretrain_runs import losses, run_plan, tiny_plan, work
 
-from nanoray.checkpoint import CheckpointWriter, SaveFailedError, Snapshot, list_steps
+from nanoray.checkpoint import Checkpoint, CheckpointWriter, SaveFailedError, Snapshot, list_steps
 from nanoray.lease import LeaseLostError
 from nanoray.train.saving import AgreedSaves
 from nanoray.train.world import World
@@ -86,21 +86,23 @@ def work_with_failures(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing_rank", [0, 1])
+# Without --save-every it is the last step's save, whose two tries write into one folder.
+@pytest.mark.parametrize(("failing_rank", "save_every"), [(0, 5), (1, 5), (1, 0)])
 def test_workers_try_again_together(
-    home: Path, corpus: str, tokenizer_dir: str, failing_rank: int
+    home: Path, corpus: str, tokenizer_dir: str, failing_rank: int, save_every: int
 ) -> None:
-    calm = tiny_plan(corpus, tokenizer_dir, "calm")
-    run_plan(calm, 2)
-    # The step of the failure is the last one, too: both tries write into one folder.
-    for every in (5, 0):
-        plan = tiny_plan(corpus, tokenizer_dir, f"shaken{every}", save_every=every)
-        ended = run_gloo(work_with_failures, 2, plan.to_dict(), failing_rank, 1)
-        assert ended == ["finished"] * 2
-        assert hashes(plan) == hashes(calm)
-        assert weights(plan, STEPS) == weights(calm, STEPS)
+    plan = tiny_plan(corpus, tokenizer_dir, "shaken", save_every=save_every)
+    ended = run_gloo(work_with_failures, 2, plan.to_dict(), failing_rank, 1)
+    assert ended == ["finished"] * 2
+    assert list(losses(plan)) == list(range(1, STEPS + 1))
+    with Checkpoint(plan.checkpoints_dir, STEPS) as checkpoint:
+        checkpoint.verify()
+
+
+@pytest.mark.slow
+def test_workers_give_up_together(home: Path, corpus: str, tokenizer_dir: str) -> None:
     plan = tiny_plan(corpus, tokenizer_dir, "lost", save_every=5)
-    ended = run_gloo(work_with_failures, 2, plan.to_dict(), failing_rank, 99)
+    ended = run_gloo(work_with_failures, 2, plan.to_dict(), 1, 99)
     assert all("No space left on device" in reason for reason in ended), "every worker raises"
     assert list_steps(plan.checkpoints_dir) == [5]
 

@@ -48,10 +48,6 @@ from nanoray.train.world import World
 OpenBlocks = Callable[[StreamPlan, Tokenizer, Cursor], Iterator[Block]]
 
 
-def _nothing(_record: Record) -> None:
-    return None
-
-
 @dataclass
 class Hooks:
     """What the surroundings give a worker.
@@ -65,8 +61,8 @@ class Hooks:
         attempt: a name shared by the workers of this start.
     """
 
-    post: Sink = _nothing
-    report: Callable[[Record], None] = _nothing
+    post: Sink = lambda _record: None
+    report: Callable[[Record], None] = lambda _record: None
     stop_reason: Callable[[], str] = lambda: ""
     guard: Callable[[], None] = lambda: None
     sinks: list[Sink] = field(default_factory=list)
