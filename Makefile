@@ -30,11 +30,15 @@ lint: .venv/installed
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600
 
-# NANOCHAT=DIR, a checkout of the peer, adds the comparisons with it.
+# NANOCHAT=DIR, a checkout of the peer, adds the comparisons with it; BUNDLE=DIR, the folder of the
+# CORE eval bundle, the one on CORE.
 bench: .venv/installed
 	for name in loss_memory startup ray_overhead demo; do $(BIN)/python bench/$$name.py || exit 1; done
 ifdef NANOCHAT
-	for name in packing train_step; do $(BIN)/python bench/$$name.py --nanochat $(NANOCHAT) || exit 1; done
+	for name in packing train_step engine; do $(BIN)/python bench/$$name.py --nanochat $(NANOCHAT) || exit 1; done
+ifdef BUNDLE
+	$(BIN)/python bench/core.py --nanochat $(NANOCHAT) --bundle $(BUNDLE)
+endif
 endif
 
 clean:

@@ -81,7 +81,7 @@ def test_exists_does_not_take_an_outage_for_a_no(
         raise PermissionError(errno.EACCES, "denied")
 
     monkeypatch.setattr(type(fs), "info", broken)
-    with pytest.raises(NanorayError, match="cannot be read .PermissionError"):
+    with pytest.raises(NanorayError, match=r"cannot be read .PermissionError"):
         storage.exists(storage.join(root, "x"))
 
 

@@ -32,7 +32,7 @@ from nanoray.model.precision import pick_device
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.plan import PretrainPlan
 from nanoray.train.pretrain import Hooks, run_worker
-from nanoray.train.resume import StartPoint, choose_start
+from nanoray.train.resume import choose_start
 from nanoray.train.world import World
 
 DATA_CPUS = 1  # at least, for tasks that tokenize and pack
@@ -170,10 +170,15 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
 
     def dataset() -> ray.data.Dataset:
         # Called in Ray Train's controller at every start, before the workers train.
-        tokenizer = load_tokenizer(plan.tokenizer_dir)
-        cursor = _begin_start(plan, board).slab
+        try:
+            start = choose_start(plan, lambda message: board.post.remote({"warning": message}))
+            stream = plan.stream(load_tokenizer(plan.tokenizer_dir))
+        except NanorayError as error:  # no restart mends it
+            ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
+            raise
+        ray.get(board.start_from.remote(start.step), timeout=30)
         concurrency = 2 if local else None  # on one machine packing takes cores from training
-        return training_dataset(plan.stream(tokenizer), cursor, plan.tokenizer_dir, concurrency)
+        return training_dataset(stream, start.slab, plan.tokenizer_dir, concurrency)
 
     return TorchTrainer(
         _train_loop,
@@ -207,17 +212,6 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
 def _ray_storage(plan: PretrainPlan) -> str:
     """Where Ray Train keeps its own small files: within the run."""
     return storage.join(plan.run_dir, ".ray")
-
-
-def _begin_start(plan: PretrainPlan, board: Any) -> StartPoint:
-    """Choose the checkpoint that stream and workers go on from, and tell the workers."""
-    try:
-        start = choose_start(plan, lambda message: board.post.remote({"warning": message}))
-    except NanorayError as error:  # no restart mends it
-        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
-        raise
-    ray.get(board.start_from.remote(start.step), timeout=30)
-    return start
 
 
 def _train_loop(config: dict[str, Any]) -> None:
