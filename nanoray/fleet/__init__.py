@@ -14,6 +14,7 @@ from nanoray.fleet.connect import (
     local_resources,
     on_cluster,
     preflight,
+    worker_environment,
 )
 from nanoray.fleet.pool import ActorPool
 
@@ -32,4 +33,5 @@ __all__ = [
     "on_cluster",
     "preflight",
     "start_board",
+    "worker_environment",
 ]

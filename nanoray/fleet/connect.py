@@ -18,6 +18,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nanoray import storage
 from nanoray.errors import NanorayError
 
 CONNECT_DEADLINE_S = 5.0
@@ -30,6 +31,20 @@ EXTRA_LOGICAL_CPUS = 2
 def on_cluster() -> bool:
     """Whether `connect` would join a running cluster rather than start Ray here."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def worker_environment() -> dict[str, str]:
+    """Variables that a process which computes must be started with.
+
+    glibc's arenas: a loop that runs in a thread (Ray Train's) would have one of its own, which is
+    cut back after every block that is freed (see nanoray/model/heap.py): 5 % of a step on CPUs.
+    torch settles where it keeps compiled code when it is imported, and writes that into the
+    environment: there is no telling the user's own value from its default.
+    """
+    variables = {"MALLOC_ARENA_MAX": "1"}
+    if storage.is_local(storage.home()):
+        variables["TORCHINDUCTOR_CACHE_DIR"] = storage.join(storage.home(), "cache", "inductor")
+    return variables
 
 
 def connect(
@@ -67,6 +82,7 @@ def connect(
     # Ray runs workers at niceness 15: anything else on the machine would go before training,
     # even Ray's own daemons, and threads that compute in step wait for the slowest.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ |= worker_environment()  # of all processes: a runtime_env would start new ones
     # Every Ray process wakes a hundred times a second, which training pays for on few cores:
     # keep one idle worker instead of one a CPU, and do not watch for notices of preemption.
     os.environ.setdefault("RAY_num_workers_soft_limit", "1")

@@ -197,9 +197,7 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
                 # Placements that came too late count here: a lost node may take its time.
                 controller_failure_limit=max(1, int(plan.config["max_failures"])),  # type: ignore[call-arg]
             ),
-            # Ray Train calls the loop in a thread, whose own arena glibc would cut back after
-            # every block that is freed (see nanoray/model/heap.py): 5 % of a step on CPUs.
-            worker_runtime_env=None if gpus else {"env_vars": {"MALLOC_ARENA_MAX": "1"}},
+            worker_runtime_env=None if local else {"env_vars": fleet.worker_environment()},
         ),
         datasets={"train": dataset},
         # These take the place of the dataset's own options: order must be asked for here, too.
@@ -225,9 +223,6 @@ def _train_loop(config: dict[str, Any]) -> None:
     if world.device.type == "cpu":
         # Ray sets OMP_NUM_THREADS to the reserved CPUs (1); the cores are ours to share.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-    if storage.is_local(storage.home()):
-        cache = storage.join(storage.home(), "cache", "inductor")
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
 
     def open_blocks(stream: StreamPlan, _tokenizer: Tokenizer, cursor: Cursor) -> Iterator[Block]:
         shard = ray.train.get_dataset_shard("train")
