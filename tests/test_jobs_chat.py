@@ -196,6 +196,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(terminal: Terminal) -> None:
         terminal.process.send_signal(signal.SIGINT)
         terminal.wait_for("(stopped)")
         terminal.wait_for("> ")
+    time.sleep(1)  # the prompt is written before it is read
     terminal.process.send_signal(signal.SIGINT)
     terminal.wait_for("(Ctrl-D leaves)")
     terminal.wait_for("> ")
