@@ -56,6 +56,8 @@ def test_workers_must_fit_on_single_nodes() -> None:
     with pytest.raises(NanorayError, match=r"1 GPUs on one node, .* room for 8 of 9"):
         fleet.check_places(needs(num_workers=9, cpus_per_worker=1, gpus_per_worker=1), small)
     fleet.check_places(needs(num_workers=9, cpus_per_worker=0.5, gpus_per_worker=0), small)
+    tenths = needs(num_workers=10, cpus_per_worker=0.1, gpus_per_worker=0)
+    fleet.check_places(tenths, [{"CPU": 1.0}])
 
 
 @pytest.mark.slow

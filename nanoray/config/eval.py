@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -105,4 +104,3 @@ class InferConfig(_RunConfig):
     prompt_tokens: int = Field(128, ge=1, description="tokens of a prompt")
     new_tokens: int = Field(64, ge=2, description="tokens that are generated after it")
     repeats: int = Field(3, ge=1, description="of which the medians are told")
-    output: Path | None = Field(None, description="JSON file for the figures (default: the run's)")

@@ -208,7 +208,8 @@ def check_places(needs: Needs, nodes: Sequence[dict[str, float]]) -> None:
     """Raise NanorayError if the workers do not fit on the nodes: none may span two of them."""
     wanted = {"CPU": needs.cpus_per_worker, "GPU": needs.gpus_per_worker}
     places = sum(
-        min(int(node.get(kind, 0) // amount) for kind, amount in wanted.items() if amount)
+        # Not `//`: 1 // 0.1 is 9.
+        min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in wanted.items() if amount)
         for node in nodes
     )
     if places < needs.num_workers:
