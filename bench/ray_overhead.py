@@ -28,7 +28,8 @@ def bare(argv: list[str]) -> None:
     from nanoray.config import PretrainConfig
     from nanoray.data.blocks import local_blocks
     from nanoray.train.plan import make_plan
-    from nanoray.train.pretrain import Hooks, run_worker
+    from nanoray.train.stages import run_worker
+    from nanoray.train.worker import Hooks
     from nanoray.train.world import World
 
     plan = make_plan(PretrainConfig.parse(argv, "bench"))

@@ -6,7 +6,8 @@ JOBS = {
     "data": "download, build, repackage or inspect a corpus",
     "tokenizer": "train a tokenizer, or compare it with others",
     "pretrain": "pretrain a model from scratch, or go on with a run",
-    "eval": "bits per byte, samples, CORE, speed of a checkpoint",
+    "sft": "fine-tune a base model on conversations",
+    "eval": "bits per byte, samples, CORE, chat tasks, speed of a checkpoint",
     "chat": "talk to a model in the terminal",
 }
 

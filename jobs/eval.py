@@ -89,10 +89,11 @@ def core(config: CoreConfig) -> int:
 
 def chat(config: ChatEvalConfig) -> int:
     from nanoray.evals.chat_suite import ChatSuite
+    from nanoray.tasks.catalog import Sources
 
     suite = ChatSuite(
         task_names=tuple(name.strip() for name in config.tasks.split(",")),
-        data_dir=config.data_dir,
+        sources=Sources(config.data_dir, config.words),
         max_per_task=config.max_per_task,
         num_samples=config.num_samples,
         max_tokens=config.max_tokens,

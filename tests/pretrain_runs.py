@@ -14,8 +14,10 @@ from nanoray.config import PretrainConfig
 from nanoray.data.blocks import local_blocks
 from nanoray.metrics import read_records
 from nanoray.train.plan import PretrainPlan, make_plan
-from nanoray.train.pretrain import Hooks, run_worker
 from nanoray.train.resume import choose_start
+from nanoray.train.run_plan import RunPlan
+from nanoray.train.stages import run_worker
+from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
 TINY = {
@@ -62,10 +64,9 @@ def stop_after(step: int) -> Callable[[], str]:
 
 
 def work(
-    rank: int, world_size: int, plan: dict[str, Any], stop_step: int | None = None
+    rank: int, world_size: int, made: RunPlan, stop_step: int | None = None
 ) -> dict[str, Any]:
     """One worker of a run; returns its summary."""
-    made = PretrainPlan.from_dict(plan)
     world = World(rank, world_size, torch.device("cpu"))
     hooks = Hooks(stop_reason=stop_after(stop_step) if stop_step else lambda: "")
     torch.set_num_threads(1)
@@ -80,30 +81,30 @@ def work(
 
 
 def run_plan(
-    plan: PretrainPlan, world_size: int = 1, stop_step: int | None = None
+    plan: RunPlan, world_size: int = 1, stop_step: int | None = None
 ) -> dict[str, Any]:
     """Run a plan with gloo workers, or in this process if it needs but one."""
     if world_size == 1:
         threads = torch.get_num_threads()
         try:
-            return work(0, 1, plan.to_dict(), stop_step)
+            return work(0, 1, plan, stop_step)
         finally:
             torch.set_num_threads(threads)
-    return run_gloo(work, world_size, plan.to_dict(), stop_step)[0]
+    return run_gloo(work, world_size, plan, stop_step)[0]
 
 
-def losses(plan: PretrainPlan) -> dict[int, float]:
+def losses(plan: RunPlan) -> dict[int, float]:
     """Step → loss of a run's log."""
     records = read_records(os.path.join(plan.run_dir, "metrics.jsonl"))
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
-def hashes(plan: PretrainPlan) -> dict[int, str]:
+def hashes(plan: RunPlan) -> dict[int, str]:
     """Step → batch hash of a run's log."""
     records = read_records(os.path.join(plan.run_dir, "metrics.jsonl"))
     return {r["step"]: r["batch_hash"] for r in records if "batch_hash" in r}
 
 
-def weights(plan: PretrainPlan, step: int) -> bytes:
+def weights(plan: RunPlan, step: int) -> bytes:
     """The bytes of a checkpoint's weights."""
     return Path(plan.checkpoints_dir, f"step_{step:06d}", "model.safetensors").read_bytes()

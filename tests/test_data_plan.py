@@ -123,7 +123,12 @@ def test_what_a_unit_without_rows_skipped_is_counted(tmp_path: Path, tokenizer: 
     mixed = [text if i % 7 else None for i, text in enumerate(stories(200))]
     plan = make_plan(write(tmp_path, [bad, mixed, bad, bad]), tokenizer, 60)
     indices = range(2 * len(plan.units))  # two epochs
-    packed = [plan.pack(tokenizer, index) for index in indices]
+    packed = [
+        units.pack_unit(
+            units.unit_at(plan.units, index, plan.seed), tokenizer, T, plan.seed, "skip"
+        )
+        for index in indices
+    ]
     assert sum(len(unit.rows) == 0 for unit in packed) == 12
     last = max(index for index in indices if len(packed[index].rows))
     expected = sum(unit.documents_skipped for unit in packed[: last + 1])
@@ -144,4 +149,4 @@ def test_what_a_unit_without_rows_skipped_is_counted(tmp_path: Path, tokenizer: 
 
 def test_failing_looks_at_no_other_unit(tmp_path: Path, tokenizer: Tokenizer) -> None:
     plan = make_plan(write(tmp_path, [stories(200)]), tokenizer, 10, on_bad="fail")
-    assert plan.skipped_before(tokenizer, 3) == 0
+    assert plan._skipped_before(tokenizer, 3) == 0

@@ -87,12 +87,12 @@ def test_padding_at_the_end_of_a_full_slot_touches_nothing() -> None:
     cache = KVCache(cached, num_slots=2, max_len=50)
     first, second = random_tokens(50, 1), random_tokens(50, 2)
     extend(cached, cache, [(0, first, 0, 49), (1, second, 0, 20)])
-    before = [keys[:, :, :20].clone() for keys in (*cache.keys, *cache.values)]
+    before = [kv[:, :, :20].clone() for kv in cache.layers]
     last, rest = extend(cached, cache, [(0, first, 49, 50), (1, second, 20, 50)])
     torch.testing.assert_close(last, full_logits(model, first)[49:], rtol=0, atol=5e-5)
     torch.testing.assert_close(rest, full_logits(model, second)[20:], rtol=0, atol=5e-5)
-    for old, keys in zip(before, (*cache.keys, *cache.values)):
-        assert torch.equal(old, keys[:, :, :20])
+    for old, kv in zip(before, cache.layers):
+        assert torch.equal(old, kv[:, :, :20])
 
 
 @pytest.mark.parametrize("recipe", ["july", "february"])
@@ -110,7 +110,7 @@ def test_bf16_follows_the_models_bf16(recipe: str) -> None:
     exact = full_logits(reference, tokens)
     # As far from exact as the model itself is, not farther.
     assert (logits - exact).abs().mean() < 1.3 * (wanted - exact).abs().mean()
-    assert cache.keys[0].dtype == torch.bfloat16
+    assert cache.layers[0].dtype == torch.bfloat16
 
 
 def test_other_weights_are_taken_whole_and_wrong_ones_not_at_all() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from nanoray.evals.chat import (
     GROUP_SIZE,
     ExampleResult,
     LetterLogits,
+    answer_text,
     chatcore,
     evaluate_categorical,
     evaluate_generative,
@@ -33,6 +35,7 @@ from nanoray.evals.suites import Subject
 from nanoray.model.gpt import GPT
 from nanoray.tasks.arithmetic import Arithmetic
 from nanoray.tasks.base import Task, reference_answer
+from nanoray.tasks.catalog import Sources
 from nanoray.tasks.multiple_choice import MultipleChoiceTask, multiple_choice
 from nanoray.tokenizer import ByteTokenizer, Conversation
 from nanoray.tools.calculator import calculate
@@ -223,10 +226,11 @@ class Scripted:
         for i, (prompt, sampling) in enumerate(zip(prompts, params)):
             right = reference_answer(Arithmetic("test", 4).example(i))
             for sample in range(sampling.n):
-                completion = Completion(list(prompt), text=right, finish_reason="stop")
-                if sample >= i:
-                    completion.text = "#### 1000000"
-                completions.append(completion)
+                text = right if sample < i else "#### 1000000"
+                tokens = TOKENIZER.encode(text)
+                completions.append(
+                    Completion(list(prompt), tokens, text=text, finish_reason="stop")
+                )
         completions[-1].finish_reason, completions[-1].error = "error", "the logits are NaN"
         return completions
 
@@ -242,6 +246,62 @@ def test_pass_at_k_and_failures_of_a_scripted_engine() -> None:
     assert score.pass_at == pytest.approx({1: 5 / 12, 2: (0 + 2 / 3 + 1 + 1) / 4, 3: 3 / 4})
     assert score.centered == score.accuracy
     assert score.low < score.accuracy < score.high
+
+
+def test_a_judge_gets_the_answer_without_calls_and_output() -> None:
+    """So a number that a tool printed, or that the model took for a tool's, is no answer."""
+    mark = TOKENIZER.special_id
+
+    def tokens(*pieces: str) -> list[int]:
+        return [
+            token
+            for piece in pieces
+            for token in ([mark(piece)] if piece.startswith("<|") else TOKENIZER.encode(piece))
+        ]
+
+    call = ("<|python_start|>", "#### 1", "<|python_end|>")
+    output = ("<|output_start|>", "#### 2", "<|output_end|>")
+    assert answer_text(TOKENIZER, tokens("So ", *call, *output, "4ü", "<|assistant_end|>")) == (
+        "So 4ü"
+    )
+    assert answer_text(TOKENIZER, tokens("a", *call, "b", *output)) == "ab"
+    assert answer_text(TOKENIZER, tokens("a", "<|python_start|>", "#### 1")) == "a"
+    assert answer_text(TOKENIZER, tokens("<|output_start|>", "#### 1", "<|bos|>", "b")) == "b"
+    assert answer_text(TOKENIZER, []) == ""
+    task = Arithmetic("test", 30)
+    for conversation in map(task.example, range(30)):
+        prompt = TOKENIZER.render_for_completion(conversation)
+        whole, _ = TOKENIZER.render_conversation(conversation)
+        assert answer_text(TOKENIZER, whole[len(prompt) :]) == reference_answer(conversation)
+
+    class Printing(Scripted):
+        def generate(self, prompts: Sequence[list[int]], params: Sequence) -> list[Completion]:
+            right = reference_answer(task.example(0))
+            answer = tokens("<|output_start|>", right, "<|output_end|>", "?")
+            return [Completion(list(prompts[0]), answer, text=f"{right}?", finish_reason="stop")]
+
+    (result,) = evaluate_generative(Printing(), TOKENIZER, task, [0])  # type: ignore[arg-type]
+    assert result.num_correct == 0
+    assert result.completions == (reference_answer(task.example(0)) + "?",)
+
+
+def test_judges_wait_together() -> None:
+    """A judge that waits, as one for a sandbox does, does not make the others wait."""
+    together = threading.Barrier(3, timeout=30)  # the fourth answer failed and is not judged
+
+    class Slow(Arithmetic):
+        def evaluate(self, conversation: Conversation, completion: str) -> bool:
+            together.wait()
+            return super().evaluate(conversation, completion)
+
+    results = evaluate_generative(Scripted(), TOKENIZER, Slow("test", 4), range(4))  # type: ignore[arg-type]
+    assert [result.num_correct for result in results] == [0, 1, 1, 0]
+
+
+def test_what_has_no_judge_is_refused() -> None:
+    suite = ChatSuite(("arithmetic", "identity"), Sources())
+    with pytest.raises(NanorayError, match=r"identity is for training: .* out of --tasks"):
+        suite.items()
 
 
 def test_chatcore_is_the_mean_of_centred_accuracies() -> None:
@@ -274,7 +334,7 @@ def test_the_suite_gives_the_same_for_any_spread(shared_data: Path) -> None:
 
     suite = ChatSuite(
         ("arithmetic", "arc-easy"),
-        str(shared_data),
+        Sources(str(shared_data)),
         max_per_task=70,
         num_samples=2,
         max_tokens=6,

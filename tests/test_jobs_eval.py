@@ -98,6 +98,8 @@ def test_a_decoding_step_reads_matrices_and_what_the_windows_show(use_home: Path
         (["bpb", "--run=tiny", "--corpus=absent"], "absent"),
         (["core", "--run=tiny", "--bundle=/nowhere"], "core.yaml"),
         (["chat", "--run=tiny", "--tasks=chess"], "no task 'chess'"),
+        (["chat", "--run=tiny", "--tasks=arithmetic,identity"], "identity is for training"),
+        (["chat", "--run=tiny", "--tasks=spelling-bee"], "give --words"),
         (["chat", "--run=tiny", "--tasks=arc-easy", "--data-dir=/nowhere"], "/nowhere"),
         (["sample", "--run=tiny", "--num-actors=500"], "500 workers"),
     ],
@@ -138,3 +140,18 @@ def test_figures_do_not_depend_on_the_number_of_actors(
         assert found[1] == found[2]
     csv = (use_home / "core.csv").read_text()
     assert csv.splitlines()[-1].startswith("CORE")
+
+
+@pytest.mark.slow
+def test_the_default_tasks_of_the_chat_suite(use_home: Path, shared_data: Path) -> None:
+    words = shared_data / "words" / "words_alpha.txt"
+    chat = ["chat", "--run=tiny", f"--data-dir={shared_data}", f"--words={words}"]
+    assert job.main([*chat, "--max-per-task=20", "--max-tokens=8"]) == 0
+    found = metrics(use_home, "chat")
+    names = ["arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spelling-bee"]
+    assert set(found) == {"chatcore", *(f"chat/{name}" for name in names)}
+    guessed = [0.25, 0.25, 0.25, 0, 0, 0]
+    centred = [(found[f"chat/{n}"] - b) / (1 - b) for n, b in zip(names, guessed)]
+    assert found["chatcore"] == pytest.approx(sum(centred) / 6)
+    lines = (use_home / "chat_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["task"] for line in lines] == [n for n in names for _ in range(20)]

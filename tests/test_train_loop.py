@@ -21,11 +21,12 @@ from nanoray.data.writer import write_shard
 from nanoray.errors import NanorayError
 from nanoray.metrics import read_records
 from nanoray.train.plan import PretrainPlan
-from nanoray.train.pretrain import Hooks, PretrainWorker
+from nanoray.train.pretrain import PretrainWorker
 from nanoray.train.record import check_resume, record_config
 from nanoray.train.resume import StartLostError, choose_start
 from nanoray.train.step import micro_batches
 from nanoray.train.watch import LossWatch, Progress, TrainingHealthError, describe_rows
+from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
 GOLDEN = Path(__file__).parent / "golden" / "pretrain_losses.json"

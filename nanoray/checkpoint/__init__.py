@@ -10,7 +10,7 @@ Nothing is pickled.
 """
 
 from nanoray.checkpoint.folder import delete, delete_incomplete, list_steps, step_dir
-from nanoray.checkpoint.loading import LoadedModel, load_model
+from nanoray.checkpoint.loading import LoadedModel, find_checkpoint, load_model
 from nanoray.checkpoint.reader import Checkpoint, DamagedCheckpointError, open_latest
 from nanoray.checkpoint.writer import CheckpointWriter, SaveFailedError, Snapshot
 
@@ -23,6 +23,7 @@ __all__ = [
     "Snapshot",
     "delete",
     "delete_incomplete",
+    "find_checkpoint",
     "list_steps",
     "load_model",
     "open_latest",

@@ -56,7 +56,7 @@ def load_model(
         NanorayError: there is no such run or checkpoint, or it is damaged, holds no tokenizer,
             or its parts do not fit together.
     """
-    root, step = _find(where, step)
+    root, step = find_checkpoint(where, step)
     device = device or pick_device()
     with Checkpoint(root, step) as checkpoint:
         meta = checkpoint.meta
@@ -78,8 +78,12 @@ def load_model(
         return LoadedModel(model.eval(), tokenizer, meta, step, checkpoint.folder)
 
 
-def _find(where: str, step: int | None) -> tuple[str, int]:
-    """The ``checkpoints`` folder and the step that are meant."""
+def find_checkpoint(where: str, step: int | None) -> tuple[str, int]:
+    """The ``checkpoints`` folder and the step that are meant by a run's name or a path.
+
+    Raises:
+        NanorayError: there is no such run, or no such checkpoint in it; says what there is.
+    """
     is_path = "/" in where
     base = storage.normalize(where) if is_path else storage.run_dir(where)
     parent, name = base.rsplit("/", 1)

@@ -26,10 +26,13 @@ from nanoray.config.eval import (
     SampleConfig,
 )
 from nanoray.config.pretrain import RECIPES, PretrainConfig
+from nanoray.config.sft import SFT_RECIPES, SftConfig
 from nanoray.config.tokenizer import TokenizerConfig
+from nanoray.config.train import TrainConfig
 
 __all__ = [
     "RECIPES",
+    "SFT_RECIPES",
     "BpbConfig",
     "BuildConfig",
     "ChatConfig",
@@ -43,7 +46,9 @@ __all__ = [
     "PretrainConfig",
     "RepackageConfig",
     "SampleConfig",
+    "SftConfig",
     "TokenizerConfig",
+    "TrainConfig",
     "UsageError",
     "check_environment",
     "parse_worker_range",

@@ -76,10 +76,14 @@ class ChatEvalConfig(_RunConfig):
     """``python -m jobs.eval chat``: tasks asked in conversation, and ChatCORE."""
 
     tasks: str = Field(
-        "arc-easy,arc-challenge,arithmetic", description="task names, with commas between"
+        "arc-easy,arc-challenge,mmlu,gsm8k,humaneval,spelling-bee",
+        description="task names, with commas between",
     )
     data_dir: str | None = Field(
         None, description="folder of the data sets (default: the Hugging Face hub)"
+    )
+    words: str | None = Field(
+        None, description="list of words for the spelling tasks, one a line (path or URI)"
     )
     max_per_task: int = Field(-1, ge=-1, description="examples of a task (-1: all)")
     num_samples: int = Field(1, ge=1, description="answers to a generative problem, for pass@k")

@@ -6,16 +6,44 @@ import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from nanoray.data.plan import Layout, StreamPlan
+from nanoray.data.packing import PackedUnit
+from nanoray.data.plan import Layout
 from nanoray.errors import NanorayError
 from nanoray.tokenizer import Tokenizer
 
 Block = dict[str, np.ndarray]
 # Counts that a unit reports on its first row.
 COUNT_COLUMNS = ("documents", "tokens_in", "tokens_cropped", "documents_skipped")
+
+
+class Stream(Protocol):
+    """Rows without end, in numbered units: a pure function of what the stream was planned with."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def num_steps(self) -> int: ...
+
+    def unit_indices(self, first: int) -> range:
+        """Units from ``first`` to one slab past the horizon, at least."""
+        ...
+
+    def pack(self, tokenizer: Tokenizer, index: int) -> PackedUnit:
+        """The rows of unit ``index``."""
+        ...
+
+    def epoch(self, index: int) -> int:
+        """How often everything has been read before unit ``index``."""
+        ...
+
+    def describe_unit(self, index: int) -> str:
+        """Where a unit comes from, for messages."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,13 +54,13 @@ class Cursor:
     row: int = 0
 
 
-def unit_block(plan: StreamPlan, tokenizer: Tokenizer, index: int, skip_rows: int) -> Block:
+def unit_block(plan: Stream, tokenizer: Tokenizer, index: int, skip_rows: int) -> Block:
     """The rows of one unit, ready to be cut into blocks.
 
     Returns:
-        ``ids`` [n, T+1] uint16 or uint32, ``unit`` and ``row`` [n] int64 (where each row comes
-        from), and the `COUNT_COLUMNS` [n] int64, zero but on row 0, which also tells the
-        unusable documents of units before it that gave no row.
+        ``ids`` [n, T+1] uint16 or uint32, where not every id is a target ``trained`` [n, T+1]
+        uint8, ``unit`` and ``row`` [n] int64 (where each row comes from), and the `COUNT_COLUMNS`
+        [n] int64, zero but on row 0.
     """
     packed = plan.pack(tokenizer, index)
     n = len(packed.rows)
@@ -41,17 +69,17 @@ def unit_block(plan: StreamPlan, tokenizer: Tokenizer, index: int, skip_rows: in
         "unit": np.full(n, index, np.int64),
         "row": np.arange(n, dtype=np.int64),
     }
+    if packed.trained is not None:
+        block["trained"] = packed.trained
     for name in COUNT_COLUMNS:
         block[name] = np.zeros(n, np.int64)
         if n:
             block[name][0] = getattr(packed, name)
-    if n and not skip_rows:
-        block["documents_skipped"][0] += plan.skipped_before(tokenizer, index)
     return {name: column[skip_rows:] for name, column in block.items()}
 
 
 def local_blocks(
-    plan: StreamPlan, tokenizer: Tokenizer, cursor: Cursor, rank: int = 0, world_size: int = 1
+    plan: Stream, tokenizer: Tokenizer, cursor: Cursor, rank: int = 0, world_size: int = 1
 ) -> Iterator[Block]:
     """The blocks of one worker, made in this process: what the Ray stream must equal."""
     rest: Block | None = None
@@ -91,6 +119,7 @@ class StepRows:
 
     Attributes:
         ids: [n, T+1]; n may be 0.
+        trained: [n, T+1] uint8, 1 where an id counts as a target; None: all do.
         positions: [n] of each row within the step, the same for any number of workers.
         units, rows: [n] int64, the unit that each row comes from and its number there.
         counts: `COUNT_COLUMNS` summed over the units that begin here.
@@ -99,6 +128,7 @@ class StepRows:
     """
 
     ids: np.ndarray
+    trained: np.ndarray | None
     positions: np.ndarray
     units: np.ndarray
     rows: np.ndarray
@@ -106,11 +136,19 @@ class StepRows:
     slab: Cursor | None
     slab_first_step: int
 
+    @property
+    def num_targets(self) -> int:
+        if self.trained is None:
+            return self.ids[:, 1:].size
+        return int(self.trained[:, 1:].sum())
+
     def hash(self) -> int:
         """Order-free 64-bit hash; the sum over workers identifies the step's batch."""
         total = 0
-        for position, row in zip(self.positions, self.ids):
+        for i, (position, row) in enumerate(zip(self.positions, self.ids)):
             digest = hashlib.blake2b(row.tobytes(), digest_size=8)
+            if self.trained is not None:
+                digest.update(self.trained[i].tobytes())
             digest.update(int(position).to_bytes(4, "little"))
             total += int.from_bytes(digest.digest(), "little")
         return total % 2**64
@@ -118,7 +156,7 @@ class StepRows:
 
 def step_rows(
     blocks: Iterator[Block],
-    plan: StreamPlan,
+    plan: Stream,
     rank: int,
     world_size: int,
     *,
@@ -163,7 +201,7 @@ def _rows_of_step(
         empty = np.zeros((0, layout.sequence_len + 1), np.uint16)
         counts = dict.fromkeys(COUNT_COLUMNS, 0)
         none = np.zeros(0, np.int64)
-        return StepRows(empty, none, none, none, counts, None, slab_step)
+        return StepRows(empty, None, none, none, none, counts, None, slab_step)
 
     def column(name: str) -> np.ndarray:
         return np.concatenate([block[name][i * b : (i + 1) * b] for block in blocks])
@@ -172,6 +210,7 @@ def _rows_of_step(
     cursor = Cursor(int(first["unit"][0]), int(first["row"][0]))
     return StepRows(
         ids=column("ids"),
+        trained=column("trained") if "trained" in first else None,
         positions=np.concatenate([k * b + np.arange(b) for k in stripes]),
         units=column("unit"),
         rows=column("row"),

@@ -44,6 +44,7 @@ class PackedUnit:
         tokens_cropped: how many of them are in no row; the rest is there exactly once.
         pieces: BOS tokens in the rows, so ``rows.size == tokens_in - tokens_cropped + pieces``.
         documents_skipped: unusable documents that never went in.
+        trained: [n, T+1] uint8, 1 where an id counts as a target; None: all do.
     """
 
     rows: np.ndarray
@@ -52,6 +53,7 @@ class PackedUnit:
     tokens_cropped: int
     pieces: int
     documents_skipped: int = 0
+    trained: np.ndarray | None = None
 
 
 def tokenize_and_pack(
@@ -115,7 +117,7 @@ def permutation(n: int, seed: int | Sequence[int]) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
-class _Pool:
+class PiecePool:
     """Pieces that wait for a row, found by their size (tokens + 1 for BOS, at most `capacity`).
 
     Bit s of `sizes` is set while a piece of size s is there, bit capacity-s of `mirrored`
@@ -174,7 +176,7 @@ def _place(lengths: list[int], T: int) -> tuple[list[tuple[int, int]], int]:
 
     Returns the pieces, row after row, and the number of rows that they fill exactly.
     """
-    pool = _Pool(T + 1)
+    pool = PiecePool(T + 1)
     min_tail = max(1, min(MIN_TAIL, T // 8))
     placed: list[tuple[int, int]] = []
     start = 0
@@ -194,7 +196,7 @@ def _place(lengths: list[int], T: int) -> tuple[list[tuple[int, int]], int]:
     return placed, num_rows
 
 
-def _fill_row(pool: _Pool, placed: list[tuple[int, int]], min_tail: int) -> None:
+def _fill_row(pool: PiecePool, placed: list[tuple[int, int]], min_tail: int) -> None:
     """Take pieces of exactly T+1 ids out of the pool, which holds at least as many."""
     room = pool.capacity
     while room:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -82,11 +82,18 @@ class StreamPlan:
         return index // len(self.units)
 
     def pack(self, tokenizer: Tokenizer, index: int) -> PackedUnit:
-        """The rows of unit ``index`` of the stream: a pure function of the plan."""
-        unit = unit_at(self.units, index, self.seed)
-        return pack_unit(unit, tokenizer, self.layout.sequence_len, self.seed, self.on_bad)
+        """The rows of unit ``index`` of the stream: a pure function of the plan.
 
-    def skipped_before(self, tokenizer: Tokenizer, index: int) -> int:
+        Unusable documents of units just before it that gave no row are told here.
+        """
+        unit = unit_at(self.units, index, self.seed)
+        packed = pack_unit(unit, tokenizer, self.layout.sequence_len, self.seed, self.on_bad)
+        if not len(packed.rows):
+            return packed
+        skipped = packed.documents_skipped + self._skipped_before(tokenizer, index)
+        return replace(packed, documents_skipped=skipped)
+
+    def _skipped_before(self, tokenizer: Tokenizer, index: int) -> int:
         """Unusable documents of the units just before unit ``index`` that give no row at all."""
         skipped = 0
         while index > 0 and self.on_bad == "skip":  # "fail" leaves nothing out

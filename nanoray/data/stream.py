@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import ray.data
 
-from nanoray.data.blocks import Block, Cursor, unit_block
-from nanoray.data.plan import StreamPlan
+from nanoray.data.blocks import Block, Cursor, Stream, unit_block
 from nanoray.errors import NanorayError
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 
@@ -26,7 +25,7 @@ def _cached_tokenizer(uri: str) -> Tokenizer:
 
 
 def training_dataset(
-    plan: StreamPlan, cursor: Cursor, tokenizer: str, concurrency: int | None = None
+    plan: Stream, cursor: Cursor, tokenizer: str, concurrency: int | None = None
 ) -> ray.data.Dataset:
     """All rows from ``cursor`` to one slab past the horizon, in blocks of ``rows_per_block``.
 
@@ -59,7 +58,7 @@ def training_dataset(
 
 
 def worker_blocks(
-    shard: Any, plan: StreamPlan, cursor: Cursor, rank: int, world_size: int
+    shard: Any, plan: Stream, cursor: Cursor, rank: int, world_size: int
 ) -> Iterator[Block]:
     """The blocks of this worker's shard (a `ray.data.DataIterator`), as numpy.
 

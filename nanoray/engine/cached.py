@@ -7,6 +7,8 @@ gives what GPT.hidden would give for the whole sequences.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoray.engine.weights import Layer, Unit, Weights
 from nanoray.errors import NanorayError
-from nanoray.model.gpt import GPT, SOFTCAP, norm, rotate
-from nanoray.model.loss import softcapped_logits
+from nanoray.model.gpt import GPT, SOFTCAP, norm
 
 # What one more call of the attention costs, in keys of a row that the same time would read. On a
 # CPU (d4, 4 heads of 64) a call takes 12 us and a key .06 us; on a GPU launches count most.
@@ -24,49 +26,40 @@ _CALL_KEYS_CPU, _CALL_KEYS_GPU = 128, 1_000_000
 
 
 class KVCache:
-    """Keys and values of every slot: per layer [slots, K, max_len + 1, D] in the compute dtype.
+    """Keys and values of every slot: per layer [slots, 2K, max_len + 1, D] in the compute dtype.
 
-    Position max_len takes what padding writes and is never read. Starts as zeros, because a
-    masked key has weight zero, and zero times an uninitialised NaN is NaN.
+    K heads of (unit, rotated) keys, then K of values. Position max_len takes what padding writes
+    and is never read. Starts as zeros, because a masked key has weight zero, and zero times an
+    uninitialised NaN is NaN.
     """
 
     def __init__(self, model: CachedModel, num_slots: int, max_len: int) -> None:
         config = model.config
         assert 0 < max_len <= config.rotary_len
         self.num_slots, self.max_len = num_slots, max_len
-        shape = (num_slots, config.n_kv_head, max_len + 1, config.head_dim)
-
-        def allocate() -> list[Tensor]:
-            return [
-                torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
-                for _ in range(config.n_layer)
-            ]
-
-        self.keys, self.values = allocate(), allocate()
+        shape = (num_slots, 2 * config.n_kv_head, max_len + 1, config.head_dim)
+        self.layers = [
+            _zeros(shape, model.compute_dtype, model.device) for _ in range(config.n_layer)
+        ]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the first `length` positions of slot `source`."""
-        for cached in (*self.keys, *self.values):
+        for cached in self.layers:
             cached[target, :, :length] = cached[source, :, :length]
 
     def clear(self, slot: int | None = None) -> None:
         """Zero a slot, or all: after NaNs, which even masked positions would hand on."""
-        for cached in (*self.keys, *self.values):
+        for cached in self.layers:
             (cached if slot is None else cached[slot]).zero_()
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One block's weights in the compute dtype, matrices as [out, in]."""
-
-    window: int
-    resid_lambda: float
-    x0_lambda: float
-    qkvg: Tensor  # rows of the queries, keys, values and value gates (0 or K) stacked
-    proj: Tensor
-    fc: Tensor
-    mlp_proj: Tensor
-    value_embeds: Tensor | None  # [vocab, kv_dim]
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; in the host's memory pages are not touched, and so take none, until they are used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,6 @@ class _Run:
 class CachedModel:
     """An inference view of a GPT; the model itself is read at construction and left alone.
 
-    What depends on a token id alone is tabulated: the normed embedding and its smear gate.
     Everything runs on the model's device and in its compute dtype. Not thread-safe.
 
     Attributes:
@@ -95,7 +87,10 @@ class CachedModel:
         self.config = model.config
         self.vocab_size = model.config.vocab_size
         self.device, self.compute_dtype = model.cos.device, model.compute_dtype
-        self._cos_T1d, self._sin_T1d = model.cos, model.sin
+        # (a, b) -> (a cos + b sin, b cos - a sin) is a turn by -theta.
+        self._turn_T1d = torch.complex(model.cos.float(), -model.sin.float())
+        self._unit = Unit(model.config.n_embd, self.device)
+        self._unit_head = Unit(model.config.head_dim, self.device)
         self.load_weights(model.state_dict())
 
     @torch.inference_mode()
@@ -106,44 +101,7 @@ class CachedModel:
         """
         self._check(state_dict)
 
-        def weight(name: str) -> Tensor:
-            # A copy in any case: the trainer may change its own tensors while we sample.
-            return state_dict[name].detach().to(self.device, self.compute_dtype, copy=True)
-
-        config, arch = self.config, self.config.architecture
-        self._head_VD = weight("lm_head.weight")[: self.vocab_size].contiguous()
-        self._wte_VD = norm(weight("transformer.wte.weight"))
-        self._smear_gate_V1: Tensor | None = None
-        self._backout_lambda = 0.0
-        if arch.smear_channels:
-            gate_V1 = F.linear(
-                self._wte_VD[:, : arch.smear_channels], weight("smear_gate.weight")
-            ).sigmoid()
-            self._smear_gate_V1 = weight("smear_lambda") * gate_V1
-            self._backout_lambda = float(state_dict["backout_lambda"])
-        resid = state_dict["resid_lambdas"].tolist()
-        x0 = state_dict["x0_lambdas"].tolist()
-        self._layers = []
-        for i, window in enumerate(config.window_sizes()):
-            block = f"transformer.h.{i}"
-            rows = [weight(f"{block}.attn.c_{name}.weight") for name in "qkv"]
-            value_embeds_VC = None
-            if config.has_value_embedding(i):
-                gate_KC = weight(f"{block}.attn.ve_gate.weight")
-                rows.append(F.pad(gate_KC, (0, config.n_embd - gate_KC.size(1))))
-                value_embeds_VC = weight(f"value_embeds.{i}.weight")
-            self._layers.append(
-                _Layer(
-                    window=window,
-                    resid_lambda=resid[i],
-                    x0_lambda=x0[i],
-                    qkvg=torch.cat(rows),
-                    proj=weight(f"{block}.attn.c_proj.weight"),
-                    fc=weight(f"{block}.mlp.c_fc.weight"),
-                    mlp_proj=weight(f"{block}.mlp.c_proj.weight"),
-                    value_embeds=value_embeds_VC,
-                )
-            )
+        self._weights = Weights(self.config, state_dict, self.device, self.compute_dtype)
 
     def _check(self, state_dict: Mapping[str, Tensor]) -> None:
         with torch.device("meta"):
@@ -182,68 +140,72 @@ class CachedModel:
         assert len(set(slots_B)) == B
         assert max(ends_B) <= cache.max_len
         assert min(lengths_B) > 0
-        host_4B1 = torch.tensor([slots_B, starts_B, ends_B, previous_B]).unsqueeze(-1)
-        slots_B1, starts_B1, ends_B1, previous_B1 = host_4B1.to(self.device)
-        tokens_BT = tokens_BT.to(self.device)
+        weights, config = self._weights, self.config
+        slots_B1, starts_B1, ends_B1 = (
+            torch.tensor([slots_B, starts_B, ends_B]).to(self.device).unsqueeze(-1)
+        )
         positions_BT = starts_B1 + torch.arange(T, device=self.device)
-        write_BT = torch.where(positions_BT < ends_B1, positions_BT, cache.max_len)
-        positions_BT = torch.minimum(positions_BT, ends_B1 - 1)
+        write_BT = positions_BT
+        if T > 1:
+            write_BT = torch.where(positions_BT < ends_B1, positions_BT, cache.max_len)
+            positions_BT = torch.minimum(positions_BT, ends_B1 - 1)
         runs = {
             window: self._runs(window, slots_B, starts_B, ends_B, positions_BT)
-            for window in {layer.window for layer in self._layers}
+            for window in {layer.window for layer in weights.layers}
         }
-        cos_BT1d, sin_BT1d = self._cos_T1d[positions_BT], self._sin_T1d[positions_BT]
+        turn_BT1d = self._turn_T1d[positions_BT]
 
-        x0_BTD = x_BTD = middle_BTD = self._embed(tokens_BT, previous_B1)
-        for i, layer in enumerate(self._layers):
-            x_BTD = layer.resid_lambda * x_BTD + layer.x0_lambda * x0_BTD
-            q_BTHD, k_BTKD, v_BTKD = self._qkv(layer, norm(x_BTD), tokens_BT, cos_BT1d, sin_BT1d)
-            keys_SKTD, values_SKTD = cache.keys[i], cache.values[i]
-            keys_SKTD[slots_B1, :, write_BT] = k_BTKD
-            values_SKTD[slots_B1, :, write_BT] = v_BTKD
-            out_BTD = self._attend(q_BTHD, keys_SKTD, values_SKTD, runs[layer.window])
-            x_BTD = x_BTD + F.linear(out_BTD, layer.proj)
-            hidden_BTM = F.linear(norm(x_BTD), layer.fc).relu_().square_()
-            x_BTD = x_BTD + F.linear(hidden_BTM, layer.mlp_proj)
-            if i == self.config.backout_layer:
+        table_BTC, x0_BTD = self._embed(tokens_BT, previous_B)
+        x0_LBTD = weights.x0_lambdas_L111 * x0_BTD
+        x_BTD = middle_BTD = x0_BTD
+        for i, layer in enumerate(weights.layers):
+            x_BTD = torch.add(x0_LBTD[i], x_BTD, alpha=layer.resid_lambda)
+            q_BTHD, kv_BTKD = self._qkv(layer, self._unit(x_BTD), table_BTC, turn_BT1d)
+            kv_SKTD = cache.layers[i]
+            kv_SKTD[slots_B1, :, write_BT] = kv_BTKD
+            out_BTD = self._attend(q_BTHD, kv_SKTD, runs[layer.window])
+            x_BTD = layer.proj.plus(out_BTD, x_BTD)
+            hidden_BTM = layer.fc.relu(self._unit(x_BTD)).square_()
+            x_BTD = layer.mlp_proj.plus(hidden_BTM, x_BTD)
+            if i == config.backout_layer:
                 middle_BTD = x_BTD
-        if self._backout_lambda:
-            x_BTD = x_BTD - self._backout_lambda * middle_BTD
+        if weights.backout_lambda:
+            x_BTD = torch.sub(x_BTD, middle_BTD, alpha=weights.backout_lambda)
         return norm(x_BTD)
 
     @torch.inference_mode()
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Softcapped logits of hidden states, fp32 [N, vocab_size]."""
-        return softcapped_logits(hidden_ND, self._head_VD, SOFTCAP)
+        z_NV = self._weights.head(hidden_ND).float()
+        return z_NV.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
 
-    def _embed(self, tokens_BT: Tensor, previous_B1: Tensor) -> Tensor:
-        x_BTD = F.embedding(tokens_BT, self._wte_VD)
-        if self._smear_gate_V1 is None:
-            return x_BTD
-        before_BT = torch.cat((previous_B1, tokens_BT[:, :-1]), dim=1)
-        gate_BT1 = F.embedding(tokens_BT, self._smear_gate_V1) * (before_BT >= 0).unsqueeze(-1)
-        return x_BTD + gate_BT1 * F.embedding(before_BT.clamp_(min=0), self._wte_VD)
+    def _embed(self, tokens_BT: Tensor, previous_B: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Each token's row of the table [B, T, C], and the smeared embeddings [B, T, D]."""
+        D = self.config.n_embd
+        before_B1 = torch.tensor(previous_B).unsqueeze(1).remainder_(self.vocab_size + 1)
+        ids_BT = torch.cat((before_B1, tokens_BT), dim=1).to(self.device)
+        table_BTC = F.embedding(ids_BT, self._weights.table_VC)
+        before_BTD, table_BTC = table_BTC[:, :-1, :D], table_BTC[:, 1:]
+        x_BTD = table_BTC[..., :D]
+        if self.config.architecture.smear_channels:
+            x_BTD = torch.addcmul(x_BTD, table_BTC[..., -1:], before_BTD)
+        return table_BTC, x_BTD
 
     def _qkv(
-        self,
-        layer: _Layer,
-        x_BTD: Tensor,
-        tokens_BT: Tensor,
-        cos_BT1d: Tensor,
-        sin_BT1d: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Normed and rotated queries and keys (without qk_scale), and values: [B, T, heads, D]."""
-        config, arch = self.config, self.config.architecture
-        H, K, D = config.n_head, config.n_kv_head, config.head_dim
-        out_BTO = F.linear(x_BTD, layer.qkvg)
+        self, layer: Layer, x_BTD: Tensor, table_BTC: Tensor, turn_BT1d: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Queries [B, T, H, D], and keys and values [B, T, 2K, D]; unit and rotated but values."""
+        H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
+        out_BTO = layer.qkvg(x_BTD)
         heads = out_BTO[..., : (H + 2 * K) * D].unflatten(-1, (H + 2 * K, D))
-        qk = norm(rotate(heads[:, :, : H + K], cos_BT1d, sin_BT1d)).to(self.compute_dtype)
-        v_BTKD = heads[:, :, H + K :]
-        if layer.value_embeds is not None:
-            gate_BTK1 = out_BTO[..., (H + 2 * K) * D :].sigmoid().unsqueeze(-1) * arch.gate_scale
-            ve_BTC = F.embedding(tokens_BT, layer.value_embeds)
-            v_BTKD = torch.addcmul(v_BTKD, gate_BTK1, ve_BTC.view_as(v_BTKD))
-        return qk[:, :, :H], qk[:, :, H:], v_BTKD
+        qk = heads[:, :, : H + K]
+        turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn_BT1d
+        self._unit_head(torch.view_as_real(turned).flatten(-2), out=qk)
+        if layer.value_columns is not None:
+            gate_BTK1 = out_BTO[..., (H + 2 * K) * D :][..., :K].sigmoid().unsqueeze(-1)
+            v_BTKD = heads[:, :, H + K :]
+            v_BTKD.addcmul_(gate_BTK1, table_BTC[..., layer.value_columns].view_as(v_BTKD))
+        return heads[:, :, :H], heads[:, :, H:]
 
     def _runs(
         self,
@@ -291,9 +253,7 @@ class CachedModel:
         group = self.config.n_head // self.config.n_kv_head
         return _Run(rows, slots, keys, bias_RTS.repeat(1, group, 1).unsqueeze(1))
 
-    def _attend(
-        self, q_BTHD: Tensor, keys_SKTD: Tensor, values_SKTD: Tensor, runs: list[_Run]
-    ) -> Tensor:
+    def _attend(self, q_BTHD: Tensor, kv_SKTD: Tensor, runs: list[_Run]) -> Tensor:
         """Attention of each row over its slot: [B, T, H * D]. The heads of a group are rows."""
         B, T, H, D = q_BTHD.shape
         K = self.config.n_kv_head
@@ -301,10 +261,10 @@ class CachedModel:
         outs = [
             F.scaled_dot_product_attention(
                 q_BKRD[run.rows],
-                keys_SKTD[run.slots, :, run.keys],
-                values_SKTD[run.slots, :, run.keys],
+                kv_SKTD[run.slots, :K, run.keys],
+                kv_SKTD[run.slots, K:, run.keys],
                 attn_mask=run.bias,
-                scale=self.config.architecture.qk_scale**2 * D**-0.5,
+                scale=self._weights.attention_scale,
             )
             for run in runs
         ]

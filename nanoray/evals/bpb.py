@@ -19,6 +19,7 @@ def bits_and_bytes(
     token_bytes: np.ndarray,
     batch_rows: int,
     device: torch.device,
+    trained: np.ndarray | None = None,
 ) -> tuple[float, int]:
     """Total bits that the model spends on the targets of ``rows``, and their bytes.
 
@@ -27,6 +28,7 @@ def bits_and_bytes(
         rows: [n, T+1] token ids. The last batch is filled up with rows that do not count, so
             that its shape is that of the others.
         token_bytes: [vocab] bytes of each token; tokens of no bytes (special ones) do not count.
+        trained: [n, T+1], 0 where an id does not count as a target; None: all do.
     """
     table = torch.from_numpy(token_bytes.astype(np.int64)).to(device)
     nats = 0.0
@@ -39,6 +41,8 @@ def bits_and_bytes(
         inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
         losses = token_losses(inputs, targets)[:real]
         counted = table[targets[:real]]
+        if trained is not None:
+            counted *= torch.from_numpy(trained[start : start + real, 1:] > 0).to(device)
         counting = (losses.float() * (counted > 0)).cpu()  # MPS has no float64
         nats += float(counting.double().sum())
         num_bytes += int(counted.sum())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from nanoray.tokenizer import Conversation, Tokenizer
 
 GROUP_SIZE = 64
 _BATCH_SIZE = 16
+_JUDGES = 4
 
 # (prompts, token ids) -> logits of these ids after each prompt, fp32 [prompts, ids] on the host.
 LastLogits = Callable[[Sequence[Sequence[int]], Sequence[int]], Tensor]
@@ -178,22 +180,49 @@ def evaluate_generative(
             )
         )
     completions = iter(engine.generate(prompts, params))
-    for index, conversation in conversations.items():
-        samples = list(itertools.islice(completions, num_samples))
-        results[index] = _judge(task, index, conversation, samples)
+    samples = {index: list(itertools.islice(completions, num_samples)) for index in conversations}
+
+    def judge(index: int) -> ExampleResult:
+        return _judge(task, tokenizer, index, conversations[index], samples[index])
+
+    # Threads, because a judge may wait for a sandbox.
+    with ThreadPoolExecutor(_JUDGES) as pool:
+        results |= zip(conversations, pool.map(judge, conversations))
     return [results[index] for index in indices]
 
 
 def _judge(
-    task: Task, index: int, conversation: Conversation, samples: list[Completion]
+    task: Task,
+    tokenizer: Tokenizer,
+    index: int,
+    conversation: Conversation,
+    samples: list[Completion],
 ) -> ExampleResult:
     failures = [sample.error for sample in samples if sample.finish_reason in ("error", "abort")]
     correct = [
-        sample.finish_reason in ("stop", "length") and task.evaluate(conversation, sample.text)
+        sample.finish_reason in ("stop", "length")
+        and task.evaluate(conversation, answer_text(tokenizer, sample.tokens))
         for sample in samples
     ]
     texts = tuple(sample.text for sample in samples)
     return ExampleResult(index, texts, sum(correct), str(failures[0]) if failures else "")
+
+
+def answer_text(tokenizer: Tokenizer, tokens: Iterable[int]) -> str:
+    """What is judged of an answer: its text without marks, tool calls and their output.
+
+    As `nanoray.tasks.base.reference_answer` leaves them out, too.
+    """
+    hidden_from = {tokenizer.special_id(f"<|{part}_start|>") for part in ("python", "output")}
+    marks = set(tokenizer.special_tokens.values())
+    shown: list[int] = []
+    hidden = False
+    for token in tokens:
+        if token in marks:
+            hidden = token in hidden_from
+        elif not hidden:
+            shown.append(token)
+    return tokenizer.decode(shown)
 
 
 def _too_long(index: int, length: int, max_len: int) -> ExampleResult:

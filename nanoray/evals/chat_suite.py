@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nanoray.engine import CachedModel, Engine
+from nanoray.errors import NanorayError
 from nanoray.evals.chat import (
     GROUP_SIZE,
     ExampleResult,
@@ -19,11 +20,16 @@ from nanoray.evals.chat import (
     task_score,
 )
 from nanoray.evals.suites import Report, Subject
+from nanoray.model.gpt import GPT
 from nanoray.tasks.base import Task
-from nanoray.tasks.catalog import load_task
+from nanoray.tasks.catalog import Sources, load_task
+from nanoray.tokenizer import Tokenizer
 from nanoray.tools.calculator import calculate
 
 _NUM_SLOTS = 16
+
+
+Ask = Callable[[tuple[str, int, int]], tuple[str, list[ExampleResult]]]
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,16 @@ class ChatSuite:
 
     Attributes:
         task_names: see `nanoray.tasks.catalog`.
-        data_dir: folder of their data sets; None takes them from the hub.
+        sources: where their data lies.
         max_per_task: examples of a task, the first ones; -1 takes all.
+        max_generative: of a generative task; None: as of any.
         num_samples, max_tokens, temperature, top_k: of generative tasks.
     """
 
     task_names: tuple[str, ...]
-    data_dir: str | None = None
+    sources: Sources
     max_per_task: int = -1
+    max_generative: int | None = None
     num_samples: int = 1
     max_tokens: int = 512
     temperature: float = 0.0
@@ -48,11 +56,19 @@ class ChatSuite:
 
     @functools.cached_property
     def _tasks(self) -> dict[str, Task]:
-        limit = self.max_per_task if self.max_per_task > 0 else None
-        return {
-            name: load_task(name, "test", self.data_dir).slice(stop=limit)
-            for name in self.task_names
-        }
+        tasks = {name: load_task(name, "test", self.sources) for name in self.task_names}
+        for name, task in tasks.items():
+            if task.kind == "conversation":
+                raise NanorayError(
+                    f"{name} is for training: nothing says which answer to it is right; leave it "
+                    f"out of --tasks"
+                )
+        return {name: task.slice(stop=self._limit(task)) for name, task in tasks.items()}
+
+    def _limit(self, task: Task) -> int | None:
+        own = self.max_generative if task.kind == "generative" else None
+        limit = self.max_per_task if own is None else own
+        return limit if limit >= 0 else None
 
     def items(self) -> list[tuple[str, int, int]]:
         return [
@@ -61,10 +77,11 @@ class ChatSuite:
             for start in range(0, len(task), GROUP_SIZE)
         ]
 
-    def worker(
-        self, subject: Subject
-    ) -> Callable[[tuple[str, int, int]], tuple[str, list[ExampleResult]]]:
-        model, tokenizer = subject.checkpoint.model, subject.checkpoint.tokenizer
+    def worker(self, subject: Subject) -> Ask:
+        return self.asker(subject.checkpoint.model, subject.checkpoint.tokenizer)
+
+    def asker(self, model: GPT, tokenizer: Tokenizer) -> Ask:
+        """What asks this model the examples of an item."""
         letter_logits = LetterLogits(CachedModel(model))
 
         def work(item: tuple[str, int, int]) -> tuple[str, list[ExampleResult]]:

@@ -9,6 +9,15 @@ from torch import Tensor
 
 from nanoray.tokenizer import Tokenizer
 
+# What a chat model is asked, to see at a glance what it has learned.
+QUESTIONS = (
+    "Hello!",
+    "Who are you?",
+    "What is 17 + 25?",
+    "How many r are in the word strawberry?",
+    "What is the capital of France?",
+    "Why is the sky blue?",
+)
 # The prompts that nanochat shows, so that samples can be compared side by side.
 PROMPTS = (
     "The capital of France is",
@@ -104,3 +113,20 @@ def sample_report(
         lines += ["", "Without a prompt:", ""]
         lines += [f"- {text}" for text in continue_([[bos]] * num_free, free_tokens, 0.8)]
     return "\n".join(lines) + "\n"
+
+
+def chat_report(
+    answer: Callable[[list[list[int]]], list[str]], tokenizer: Tokenizer, *, step: int
+) -> str:
+    """A Markdown section: the fixed questions, and what the assistant answers.
+
+    Args:
+        answer: prompts, each up to the assistant's turn -> texts.
+    """
+    prompts = [
+        tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
+        for question in QUESTIONS
+    ]
+    answers = (text.replace("\n", " ⏎ ") for text in answer(prompts))
+    lines = [f"- {question} **{text}**" for question, text in zip(QUESTIONS, answers)]
+    return "\n".join([f"## Step {step}", "", *lines]) + "\n"

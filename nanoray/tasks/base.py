@@ -6,18 +6,21 @@ with the reference answer, so the same example trains (whole) and evaluates
 
 * generative: it writes an answer, `evaluate` judges the text;
 * categorical: the example also has ``"letters"``, its possible answers, and the likeliest of these
-  as the first token of the answer is taken.
+  as the first token of the answer is taken;
+* conversation: it is not asked as a whole: its examples are for training and have no judge, or (in
+  a mixture) are of several kinds.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
+from nanoray.errors import NanorayError
 from nanoray.tokenizer import Conversation
 
-Kind = Literal["categorical", "generative"]
+Kind = Literal["categorical", "generative", "conversation"]
 
 
 class Task(ABC):
@@ -29,8 +32,8 @@ class Task(ABC):
         baseline: accuracy of guessing, which centred accuracy counts as 0.
     """
 
-    kind: ClassVar[Kind]
-    baseline: ClassVar[float] = 0.0
+    kind: Kind
+    baseline: float = 0.0
 
     def __init__(self, name: str, num_examples: int) -> None:
         self.name = name
@@ -61,12 +64,25 @@ class Task(ABC):
 
         Args:
             conversation: what `example` gave, reference answer included.
-            completion: the model's text (for categorical tasks: the letter), without marks.
+            completion: the text of the model's answer, marks, tool calls and their output left
+                out (for categorical tasks: the letter).
+
+        Raises:
+            NanorayError: the example is for training and has no judge.
         """
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """What reinforcement learning pays for ``completion``: 1 if it is right, else 0."""
         return float(self.evaluate(conversation, completion))
+
+
+class TrainingTask(Task):
+    """Conversations to train on, without a judge."""
+
+    kind = "conversation"
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        raise NanorayError(f"{self.name} is for training: nothing says which answer to it is right")
 
 
 def reference_answer(conversation: Conversation) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import ClassVar
 
 from nanoray import laws, storage
 from nanoray.config import PretrainConfig, parse_worker_range
-from nanoray.data.plan import Layout, StreamPlan, layout, plan_stream
+from nanoray.data.plan import StreamPlan, plan_stream
 from nanoray.data.shards import (
     BadShardError,
     RowGroup,
@@ -21,55 +21,21 @@ from nanoray.data.shards import (
 from nanoray.errors import NanorayError
 from nanoray.model.config import GPTConfig
 from nanoray.tokenizer import Tokenizer, load_tokenizer
+from nanoray.train.run_plan import RunPlan
 
 
 @dataclass(frozen=True)
-class PretrainPlan:
-    """Everything that a worker needs, as plain values (it travels as JSON)."""
+class PretrainPlan(RunPlan):
+    """A `RunPlan` whose stream is a corpus."""
 
-    config: dict[str, Any]  # the flags, resolved
-    run: str
-    run_dir: str
-    model: dict[str, Any]  # GPTConfig
-    tokenizer_dir: str
-    tokenizer_fingerprint: str
+    stage: ClassVar[str] = "pretrain"
+    FIXED: ClassVar[dict[str, str]] = {**RunPlan.FIXED, "corpus_fingerprint": "corpus"}
+    FOLLOWS_FLAGS: ClassVar[frozenset[str]] = frozenset({"corpus_fingerprint"})
+
     corpus_dir: str
     corpus_fingerprint: str
-    num_iterations: int
-    total_batch_size: int
-    weight_decay: float  # scaled
     weight_decay_capped: bool
     scaling_parameters: int
-    flops_per_token: int
-    num_parameters: int
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> PretrainPlan:
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def model_config(self) -> GPTConfig:
-        return GPTConfig.from_dict(self.model)
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.total_batch_size // self.model_config.sequence_len
-
-    @property
-    def layout(self) -> Layout:
-        return layout(self.rows_per_step, self.model_config.sequence_len)
-
-    @property
-    def checkpoints_dir(self) -> str:
-        return storage.join(self.run_dir, "checkpoints")
-
-    def micro_rows(self, world_size: int) -> int:
-        """Rows of a micro-batch: the device's, or a worker's whole share where that is less."""
-        share = -(-self.layout.stripes // world_size) * self.layout.stripe_rows
-        return min(int(self.config["device_batch_size"]), share)
 
     @cached_property
     def skipped_shards(self) -> Counter[str]:
@@ -102,8 +68,13 @@ class PretrainPlan:
             on_bad=self.config["on_bad_shard"],
         )
 
+    def unit_bytes(self) -> int:
+        return max((group.num_bytes for group in self.training_row_groups), default=0)
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.corpus_dir, self.tokenizer_dir)
+
     def describe(self) -> list[str]:
-        """The plan for a person, a line each."""
         model = self.model_config
         tokens = self.num_iterations * self.total_batch_size
         flops = tokens * self.flops_per_token

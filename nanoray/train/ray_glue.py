@@ -22,17 +22,17 @@ from ray.train.torch import TorchTrainer
 
 from nanoray import fleet, storage
 from nanoray.config import parse_worker_range
-from nanoray.data.blocks import Block, Cursor
-from nanoray.data.plan import StreamPlan
+from nanoray.data.blocks import Block, Cursor, Stream
 from nanoray.data.stream import training_dataset, worker_blocks
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease, LeaseLostError, check_token
 from nanoray.metrics import Sink, wandb_sink
 from nanoray.model.precision import pick_device
 from nanoray.tokenizer import Tokenizer, load_tokenizer
-from nanoray.train.plan import PretrainPlan
-from nanoray.train.pretrain import Hooks, run_worker
 from nanoray.train.resume import choose_start
+from nanoray.train.run_plan import RunPlan
+from nanoray.train.stages import run_worker
+from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
 DATA_CPUS = 1  # at least, for tasks that tokenize and pack
@@ -40,7 +40,7 @@ DATA_CPUS = 1  # at least, for tasks that tokenize and pack
 Watcher = Callable[[dict[str, Any]], None]
 
 
-def needs(plan: PretrainPlan) -> fleet.Needs:
+def needs(plan: RunPlan) -> fleet.Needs:
     """What a run needs of a cluster: estimates, on the high side."""
     low, _high = parse_worker_range(plan.config["num_workers"])
     model = plan.model_config
@@ -51,30 +51,29 @@ def needs(plan: PretrainPlan) -> fleet.Needs:
         # Weights, gradients and two moments in fp32 with a half for what is in flight, and
         # about 40 activations of the model's width a layer and token in bf16.
         rows = plan.micro_rows(low)
-        activations = rows * model.sequence_len * model.n_embd * model.n_layer * 80
+        activations = rows * plan.sequence_len * model.n_embd * model.n_layer * 80
         memory = plan.num_parameters * 4 * 4.5 + activations
-    unit_bytes = max((g.num_bytes for g in plan.training_row_groups), default=0)
-    paths = (plan.run_dir, plan.corpus_dir, plan.tokenizer_dir)
+    paths = (plan.run_dir, *plan.inputs())
     return fleet.Needs(
         num_workers=low,
         cpus_per_worker=float(plan.config["cpus_per_worker"]),
         gpus_per_worker=gpus,
         data_cpus=DATA_CPUS,
         memory_bytes_per_worker=int(memory),
-        object_store_bytes=max(64 * 2**20, 8 * unit_bytes),
+        object_store_bytes=max(64 * 2**20, 8 * plan.unit_bytes()),
         paths=tuple(path for path in paths if storage.is_local(path)),
     )
 
 
-def with_gpus(plan: PretrainPlan, resources: dict[str, float]) -> PretrainPlan:
+def with_gpus(plan: RunPlan, resources: dict[str, float]) -> RunPlan:
     """The plan with ``gpus_per_worker`` resolved: 1 where there are any GPUs."""
     if plan.config["gpus_per_worker"] is not None:
         return plan
     gpus = 1.0 if resources.get("GPU", 0) else 0.0
-    return replace(plan, config=plan.config | {"gpus_per_worker": gpus})
+    return plan.with_config(gpus_per_worker=gpus)
 
 
-def fit(plan: PretrainPlan, lease: Lease, watch: Watcher) -> dict[str, Any]:
+def fit(plan: RunPlan, lease: Lease, watch: Watcher) -> dict[str, Any]:
     """Run a plan on the connected cluster until it is finished, stopped or beyond help.
 
     SIGTERM and SIGINT make the workers finish their step, save, and end.
@@ -159,7 +158,7 @@ def _stop_signals(board: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
+def _trainer(plan: RunPlan, lease: Lease, board: Any) -> TorchTrainer:
     low, high = parse_worker_range(plan.config["num_workers"])
     gpus = float(plan.config["gpus_per_worker"] or 0)
     if not gpus:  # workers that take every CPU would starve the tasks that feed them
@@ -182,7 +181,8 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
 
     return TorchTrainer(
         _train_loop,
-        train_loop_config={"plan": plan.to_dict(), "token": lease.token, "board": board},
+        # A plan as new, without what it has worked out on the way.
+        train_loop_config={"plan": replace(plan), "token": lease.token, "board": board},
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=gpus > 0,
@@ -207,14 +207,14 @@ def _trainer(plan: PretrainPlan, lease: Lease, board: Any) -> TorchTrainer:
     )
 
 
-def _ray_storage(plan: PretrainPlan) -> str:
+def _ray_storage(plan: RunPlan) -> str:
     """Where Ray Train keeps its own small files: within the run."""
     return storage.join(plan.run_dir, ".ray")
 
 
 def _train_loop(config: dict[str, Any]) -> None:
     """What Ray Train runs in every worker."""
-    plan = PretrainPlan.from_dict(config["plan"])
+    plan: RunPlan = config["plan"]
     board = config["board"]
     if ray.get(board.failed.remote(), timeout=30):
         return  # a restart after a mistake that no restart mends
@@ -224,7 +224,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         # Ray sets OMP_NUM_THREADS to the reserved CPUs (1); the cores are ours to share.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
 
-    def open_blocks(stream: StreamPlan, _tokenizer: Tokenizer, cursor: Cursor) -> Iterator[Block]:
+    def open_blocks(stream: Stream, _tokenizer: Tokenizer, cursor: Cursor) -> Iterator[Block]:
         shard = ray.train.get_dataset_shard("train")
         return worker_blocks(shard, stream, cursor, world.rank, world.size)
 
@@ -257,8 +257,8 @@ def _train_loop(config: dict[str, Any]) -> None:
             stop_watch.close()
 
 
-def _sinks(plan: PretrainPlan) -> list[Sink]:
-    sinks = [fleet.gauge_sink("pretrain", plan.run)]
+def _sinks(plan: RunPlan) -> list[Sink]:
+    sinks = [fleet.gauge_sink(plan.stage, plan.run)]
     if plan.config["wandb"]:
         sinks.append(wandb_sink(plan.config["wandb"], plan.run, plan.to_dict()))
     return sinks

@@ -16,7 +16,7 @@ import torch
 from nanoray import storage
 from nanoray.checkpoint import Checkpoint, DamagedCheckpointError, list_steps
 from nanoray.errors import NanorayError
-from nanoray.train.plan import PretrainPlan
+from nanoray.train.run_plan import RunPlan
 from nanoray.train.watch import Progress
 
 # A run resumed under its name may change these; anything else would change what it computes.
@@ -30,7 +30,7 @@ MAY_CHANGE = {
 MAY_BECOME = {("on_bad_shard", "fail", "skip")}
 
 
-def check_resume(plan: PretrainPlan) -> bool:
+def check_resume(plan: RunPlan) -> bool:
     """Whether the run is finished already.
 
     Raises:
@@ -40,7 +40,7 @@ def check_resume(plan: PretrainPlan) -> bool:
         old = _read_config(plan)
         if old is None:
             return False  # nothing that could be taken up
-        lines = difference(old, plan.to_dict())
+        lines = difference(old, plan)
         status = _read_summary(plan).get("status")
     except (ValueError, KeyError, AttributeError) as error:
         raise NanorayError(
@@ -55,7 +55,7 @@ def check_resume(plan: PretrainPlan) -> bool:
     return bool(status == "finished")
 
 
-def _read_config(plan: PretrainPlan) -> dict[str, Any] | None:
+def _read_config(plan: RunPlan) -> dict[str, Any] | None:
     """The plan that the run was begun with; None where no checkpoint could be taken up.
 
     Where ``config.json`` is missing, that of the newest checkpoint whose ``meta.json`` is whole.
@@ -75,7 +75,7 @@ def _read_config(plan: PretrainPlan) -> dict[str, Any] | None:
     return None
 
 
-def _read_summary(plan: PretrainPlan) -> dict[str, Any]:
+def _read_summary(plan: RunPlan) -> dict[str, Any]:
     uri = storage.join(plan.run_dir, "summary.json")
     if not storage.exists(uri):
         return {}
@@ -83,21 +83,18 @@ def _read_summary(plan: PretrainPlan) -> dict[str, Any]:
     return summary
 
 
-def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def difference(old: dict[str, Any], plan: RunPlan) -> list[str]:
     """What a resumed run would compute differently, one line a key."""
     lines = []
+    new = plan.to_dict()
     for key in sorted(set(old["config"]) | set(new["config"])):
         before, after = old["config"].get(key), new["config"].get(key)
         allowed = key in MAY_CHANGE or (key, before, after) in MAY_BECOME
         if before != after and not allowed:
             lines.append(f"--{key.replace('_', '-')}: was {before}, is {after}")
-    for key, what in (
-        ("tokenizer_fingerprint", "tokenizer"),
-        ("corpus_fingerprint", "corpus"),
-        ("model", "model"),
-        ("num_iterations", "number of steps"),
-    ):
-        if old.get(key) != new.get(key) and not (key != "corpus_fingerprint" and lines):
+    for key, what in plan.FIXED.items():
+        # Another corpus (or mixture) is said by its flag already.
+        if old.get(key) != new.get(key) and not (key in plan.FOLLOWS_FLAGS and lines):
             lines.append(f"the {what} has changed since the run began")
     return lines
 
@@ -117,22 +114,22 @@ def versions() -> dict[str, str]:
     return found | ({"git": commit.stdout.strip()} if commit.returncode == 0 else {})
 
 
-def record_config(plan: PretrainPlan) -> None:
+def record_config(plan: RunPlan) -> None:
     """Write the run's ``config.json``: the resolved plan and what it runs on."""
-    content = {"stage": "pretrain", **plan.to_dict(), "versions": versions(), "time": time.time()}
+    content = {"stage": plan.stage, **plan.to_dict(), "versions": versions(), "time": time.time()}
     uri = storage.join(plan.run_dir, "config.json")
     storage.write_text(uri, json.dumps(content, indent=1) + "\n")
 
 
-def record_failure(plan: PretrainPlan, error: str) -> None:
+def record_failure(plan: RunPlan, error: str) -> None:
     """Say in ``summary.json`` that the run failed, and why; what it had reached stays."""
     with contextlib.suppress(OSError, ValueError):
-        figures = {"run": plan.run, "stage": "pretrain", **_read_summary(plan)}
+        figures = {"run": plan.run, "stage": plan.stage, **_read_summary(plan)}
         figures |= {"status": "failed", "error": error}
         record_summary(plan, figures)
 
 
-def record_samples(plan: PretrainPlan, step: int, text: str) -> None:
+def record_samples(plan: RunPlan, step: int, text: str) -> None:
     """Append to ``samples.md``; a resumed run takes the place of what it makes again."""
     uri = storage.join(plan.run_dir, "samples.md")
     before = storage.read_text(uri) if storage.exists(uri) else f"# Samples of {plan.run}\n"
@@ -141,7 +138,12 @@ def record_samples(plan: PretrainPlan, step: int, text: str) -> None:
 
 
 def summary(
-    plan: PretrainPlan, progress: Progress, status: str, mfu: float, device: torch.device
+    plan: RunPlan,
+    progress: Progress,
+    status: str,
+    mfu: float,
+    device: torch.device,
+    own_metrics: dict[str, Any],
 ) -> dict[str, Any]:
     """The figures of a run as they stand; None where there are none yet."""
     tokens = progress.step * plan.total_batch_size
@@ -151,7 +153,7 @@ def summary(
         peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "run": plan.run,
-        "stage": "pretrain",
+        "stage": plan.stage,
         "status": status,
         "step": progress.step,
         "num_iterations": plan.num_iterations,
@@ -169,11 +171,12 @@ def summary(
             "documents": progress.documents,
             "documents_skipped": progress.documents_skipped,
             "cropped_fraction": progress.tokens_cropped / max(1, progress.tokens_in),
+            **own_metrics,
         },
     }
 
 
-def record_summary(plan: PretrainPlan, figures: dict[str, Any]) -> None:
+def record_summary(plan: RunPlan, figures: dict[str, Any]) -> None:
     """Write ``summary.json``; what was not measured is absent."""
     known = {key: value for key, value in figures.items() if value is not None}
     uri = storage.join(plan.run_dir, "summary.json")

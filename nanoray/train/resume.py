@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nanoray.checkpoint import open_latest
 from nanoray.data.blocks import Cursor
-from nanoray.train.plan import PretrainPlan
+from nanoray.train.run_plan import RunPlan
 
 
 class StartLostError(RuntimeError):
@@ -26,7 +26,7 @@ class StartPoint:
     slab: Cursor
 
 
-def choose_start(plan: PretrainPlan, warn: Callable[[str], None]) -> StartPoint:
+def choose_start(plan: RunPlan, warn: Callable[[str], None]) -> StartPoint:
     """The newest checkpoint of which every byte is right; ``warn`` is told of damaged ones.
 
     Raises:

@@ -19,7 +19,10 @@ TokenLossSum = Callable[[Tensor, Tensor], Tensor]
 
 
 def micro_batches(
-    ids: np.ndarray, micro_rows: int, device: torch.device
+    ids: np.ndarray,
+    micro_rows: int,
+    device: torch.device,
+    trained: np.ndarray | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Inputs and targets [micro_rows, T] int64 of each micro-batch.
 
@@ -28,21 +31,30 @@ def micro_batches(
 
     Args:
         ids: [n, T+1]; n may be 0.
+        trained: [n, T+1], 0 where an id is no target; None: all are.
     """
     batches = []
     for start in range(0, len(ids), micro_rows):
-        rows = torch.from_numpy(ids[start : start + micro_rows].astype(np.int64))
-        if device.type == "cuda":
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        else:
-            rows = rows.to(device)
-        inputs, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-        missing = micro_rows - len(rows)
+        part = slice(start, start + micro_rows)
+        inputs = _to_device(ids[part, :-1], device)
+        wanted = ids[part, 1:].astype(np.int64)
+        if trained is not None:
+            wanted[trained[part, 1:] == 0] = IGNORED
+        targets = _to_device(wanted, device)
+        missing = micro_rows - len(inputs)
         if missing:
             inputs = torch.cat([inputs, inputs.new_zeros(missing, inputs.shape[1])])
             targets = torch.cat([targets, targets.new_full((missing, targets.shape[1]), IGNORED)])
         batches.append((inputs, targets))
     return batches
+
+
+def _to_device(ids: np.ndarray, device: torch.device) -> Tensor:
+    """int64 and contiguous, on the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(ids, np.int64))
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass(frozen=True)
@@ -85,12 +97,14 @@ class TrainStep:
         lr_multiplier: float,
         muon_momentum: float,
         weight_decay_multiplier: float,
+        trained: np.ndarray | None = None,
     ) -> tuple[float, StepTimes]:
         """Train on this worker's rows of a step.
 
         Args:
             ids: [n, T+1] of this worker; n may be 0.
             num_targets: target tokens of the step over all workers.
+            trained: [n, T+1], 0 where an id is no target; None: all are.
 
         Returns:
             The mean loss of the global step (nats per token), and the times.
@@ -99,7 +113,7 @@ class TrainStep:
         device = self._world.device
         exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         total = torch.zeros((), dtype=exact, device=device)
-        batches = micro_batches(ids, self._micro_rows, device)
+        batches = micro_batches(ids, self._micro_rows, device, trained)
         for i, (inputs, targets) in enumerate(batches):
             if i == len(batches) - 1:
                 self._optimizer.prepare_last_backward()

@@ -1,59 +1,71 @@
-"""Bits per byte on the validation shard, on the same rows for any number of workers."""
+"""Bits per byte on text that is held out, on the same rows for any number of workers."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 
-from nanoray.data.plan import validation_rows
 from nanoray.evals.bpb import bits_and_bytes
 from nanoray.model.gpt import GPT
-from nanoray.tokenizer import Tokenizer
-from nanoray.train.plan import PretrainPlan
 from nanoray.train.world import World
+
+# Rows [n, T+1], and [n, T+1] with 0 where an id is no target (None: all are).
+HeldOut = tuple[np.ndarray, np.ndarray | None]
 
 
 class Validation:
-    """The validation budget, tokenized by a thread beside the first steps, not before them."""
+    """Held-out rows, made by a thread beside the first steps, not before them.
 
-    def __init__(self, plan: PretrainPlan, tokenizer: Tokenizer, world: World) -> None:
-        self._plan, self._tokenizer, self._world = plan, tokenizer, world
-        self._token_bytes = tokenizer.token_bytes()
-        self._rows: np.ndarray | Exception | None = None
-        self._thread = threading.Thread(target=self._load, name="validation", daemon=True)
+    Args:
+        load: makes them; None: there is nothing to validate on.
+        token_bytes: [vocab] bytes of each token.
+        micro_rows: rows of a forward pass.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], HeldOut | None],
+        token_bytes: np.ndarray,
+        micro_rows: int,
+        world: World,
+    ) -> None:
+        self._token_bytes, self._micro_rows, self._world = token_bytes, micro_rows, world
+        self._loaded: HeldOut | Exception | None = None
+        self._thread = threading.Thread(
+            target=self._load, args=(load,), name="validation", daemon=True
+        )
         self._thread.start()
 
-    def _load(self) -> None:
+    def _load(self, load: Callable[[], HeldOut | None]) -> None:
         try:
-            self._rows = validation_rows(
-                self._plan.validation_row_groups(),
-                self._tokenizer,
-                sequence_len=self._plan.model_config.sequence_len,
-                num_tokens=self._plan.config["eval_tokens"],
-                on_bad=self._plan.config["on_bad_shard"],
-            )
+            self._loaded = load()
         except Exception as error:  # raised again in the training thread
-            self._rows = error
+            self._loaded = error
 
-    def bits_per_byte(self, model: GPT) -> float:
-        """The model's bits per byte; called by all workers together.
+    def bits_per_byte(self, model: GPT) -> float | None:
+        """The model's bits per byte, if anything is held out; called by all workers together.
 
         Raises:
-            NanorayError: bad data in the validation shard.
+            NanorayError: what is held out is bad.
         """
         self._thread.join()
-        if isinstance(self._rows, Exception):
-            raise self._rows
-        assert self._rows is not None
+        if isinstance(self._loaded, Exception):
+            raise self._loaded
+        if self._loaded is None:
+            return None
+        rows, trained = self._loaded
         world = self._world
+        mine = slice(world.rank, None, world.size)
         model.eval()
         bits, num_bytes = bits_and_bytes(
             lambda inputs, targets: model(inputs, targets, reduction="none"),
-            self._rows[world.rank :: world.size],
+            rows[mine],
             self._token_bytes,
-            self._plan.micro_rows(world.size),
+            self._micro_rows,
             world.device,
+            None if trained is None else trained[mine],
         )
         model.train()
         bits = world.sum_float(bits)

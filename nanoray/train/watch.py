@@ -73,6 +73,7 @@ class Progress:
     tokens_cropped: int = 0
     documents_skipped: int = 0
     recent_step_s: list[float] = field(default_factory=list)
+    evals: dict[str, float] = field(default_factory=dict)  # the latest of the stage's own
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:

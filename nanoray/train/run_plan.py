@@ -1,0 +1,102 @@
+"""What every training run is planned as: plain values that are settled before a worker starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Self
+
+from nanoray import storage
+from nanoray.data.blocks import Stream
+from nanoray.data.plan import Layout, layout
+from nanoray.model.config import GPTConfig
+from nanoray.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything that the loop and Ray's side of it need, whatever is trained on.
+
+    What a subclass works out at length is a cached property: not part of the plan's values.
+
+    Attributes:
+        config: the flags, resolved.
+        model: the values of a `GPTConfig`.
+        weight_decay: Muon's, scaled.
+        num_iterations: the horizon in steps.
+        total_batch_size: tokens of a step, over all workers.
+    """
+
+    stage: ClassVar[str]
+    # What a resumed run must find as it was, and its name in messages.
+    FIXED: ClassVar[dict[str, str]] = {
+        "tokenizer_fingerprint": "tokenizer",
+        "model": "model",
+        "num_iterations": "number of steps",
+    }
+
+    # Of these, what follows from flags: where a flag differs, that says it all.
+    FOLLOWS_FLAGS: ClassVar[frozenset[str]] = frozenset()
+
+    config: dict[str, Any]
+    run: str
+    run_dir: str
+    model: dict[str, Any]
+    tokenizer_dir: str
+    tokenizer_fingerprint: str
+    num_iterations: int
+    total_batch_size: int
+    weight_decay: float
+    flops_per_token: int
+    num_parameters: int
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def with_config(self, **changes: Any) -> Self:
+        """The same plan with some flags changed."""
+        return replace(self, config=self.config | changes)
+
+    @property
+    def model_config(self) -> GPTConfig:
+        return GPTConfig.from_dict(self.model)
+
+    @property
+    def sequence_len(self) -> int:
+        """T, the tokens of a row."""
+        return int(self.config["max_seq_len"])
+
+    @property
+    def layout(self) -> Layout:
+        return layout(self.total_batch_size // self.sequence_len, self.sequence_len)
+
+    @property
+    def checkpoints_dir(self) -> str:
+        return storage.join(self.run_dir, "checkpoints")
+
+    def micro_rows(self, world_size: int) -> int:
+        """Rows of a micro-batch: the device's, or a worker's whole share where that is less."""
+        share = -(-self.layout.stripes // world_size) * self.layout.stripe_rows
+        return min(int(self.config["device_batch_size"]), share)
+
+    def prepare(self) -> None:
+        """Write what workers read of the plan; the run's lease is held."""
+
+    def stream(self, tokenizer: Tokenizer) -> Stream:
+        """What is trained on."""
+        raise NotImplementedError
+
+    def describe(self) -> list[str]:
+        """The plan for a person, a line each."""
+        raise NotImplementedError
+
+    def unit_bytes(self) -> int:
+        """Bytes that one packing task reads, at most."""
+        raise NotImplementedError
+
+    def inputs(self) -> tuple[str, ...]:
+        """Paths and URIs that are read, wherever workers and packing tasks run."""
+        raise NotImplementedError

@@ -1,0 +1,118 @@
+"""Supervised fine-tuning: a base model goes on, on conversations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nanoray.checkpoint import Checkpoint
+from nanoray.checkpoint.folder import step_of
+from nanoray.data.blocks import StepRows
+from nanoray.data.conversations import held_out_rows
+from nanoray.engine import Engine, SamplingParams
+from nanoray.evals.sample import chat_report
+from nanoray.metrics import Record
+from nanoray.optim.groups import REFERENCE_BATCH_TOKENS, ParamGroup, build_groups
+from nanoray.optim.schedule import Schedule
+from nanoray.tools.calculator import calculate
+from nanoray.train.sft_plan import SftPlan
+from nanoray.train.validation import HeldOut
+from nanoray.train.worker import TrainWorker
+
+_SAMPLE_TOKENS = 128
+
+
+class SftWorker(TrainWorker):
+    """See `TrainWorker`."""
+
+    plan: SftPlan
+
+    def _begin(self) -> None:
+        root, name = self.plan.base.rsplit("/", 1)
+        step = step_of(name)
+        assert step is not None
+        with Checkpoint(root, step) as base:
+            self.model.load_state_dict(base.model_state())
+            if self.config["load_optimizer"]:
+                self.optimizer.load_state(base.optimizer_rows)
+
+    def _make_groups(self, shapes: dict[str, tuple[int, ...]]) -> list[ParamGroup]:
+        config = self.config
+        rates = {
+            name: config[name] * config["init_lr_frac"]
+            for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
+        }
+        # As in nanochat: the rates are not scaled by the batch here, and Muon's decay, which
+        # pretraining has brought to zero, stays there.
+        return build_groups(
+            shapes,
+            config["recipe"],
+            **rates,
+            weight_decay=self.plan.weight_decay,
+            width=self.plan.model_config.n_embd,
+            batch_tokens=REFERENCE_BATCH_TOKENS,
+        )
+
+    def _make_schedule(self) -> Schedule:
+        steps = self.plan.num_iterations
+        return Schedule(
+            num_iterations=steps,
+            warmup_steps=round(self.config["warmup_ratio"] * steps),
+            warmdown_ratio=self.config["warmdown_ratio"],
+            final_lr_frac=self.config["final_lr_frac"],
+            recipe="february",  # whose momentum, .85 to .95, both recipes fine-tune with
+        )
+
+    def _held_out(self) -> HeldOut | None:
+        mixture = self.plan.held_out
+        if mixture is None:
+            return None
+        return held_out_rows(
+            mixture,
+            len(mixture.load()),
+            self.tokenizer,
+            sequence_len=self.plan.sequence_len,
+            num_tokens=self.config["eval_tokens"],
+            train_on=self.config["train_on"],
+        )
+
+    def _num_targets(self, rows: StepRows) -> int:
+        (num_targets,) = self.world.sum_ints([rows.num_targets])
+        return num_targets
+
+    def _evaluate(self, last: bool) -> Record:
+        """ChatCORE: the workers share the questions."""
+        suite, every = self.plan.chat_suite, self.config["chatcore_every"]
+        if suite is None or not (last or (every and self.progress.step % every == 0)):
+            return {}
+        self.model.eval()
+        ask = suite.asker(self.model, self.tokenizer)
+        items = suite.items()
+        mine = {
+            number: ask(items[number])
+            for number in range(self.world.rank, len(items), self.world.size)
+        }
+        self.model.train()
+        answers = {number: a for part in self.world.gather(mine) for number, a in part.items()}
+        metrics = suite.report([answers[number] for number in range(len(items))]).metrics
+        self.progress.evals = dict(metrics)
+        if self.log:
+            self.log.log({"step": self.progress.step, **metrics})
+        return {"chatcore": metrics["chatcore"]}
+
+    def _sample_text(self) -> str:
+        engine = Engine(self.model, self.tokenizer, num_slots=8, tool=calculate)
+        params = SamplingParams(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
+
+        def answer(prompts: list[list[int]]) -> list[str]:
+            return [done.text for done in engine.generate(prompts, params)]
+
+        return chat_report(answer, self.tokenizer, step=self.progress.step)
+
+    def _own_metrics(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "conversations_truncated": plan.truncated,
+            "conversations_left_out": plan.left_out,
+            "padding_fraction": plan.padding,
+            **self.progress.evals,
+        }
