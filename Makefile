@@ -9,11 +9,13 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-# Tokenizer and pretraining on the docstrings of the installed packages: no network, no GPU.
+# From the docstrings of the installed packages to a small chat model: no network, no GPU.
 demo: .venv/installed
 	$(BIN)/python -m jobs.data build --corpus docstrings
 	$(BIN)/python -m jobs.tokenizer train --config jobs/demo_tokenizer.yaml
 	$(BIN)/python -m jobs.pretrain --config jobs/demo_pretrain.yaml
+	$(BIN)/python -m jobs.sft --config jobs/demo_sft.yaml
+	$(BIN)/python -m jobs.eval chat --config jobs/demo_eval.yaml
 
 test: lint
 	$(BIN)/python -m pytest
@@ -31,9 +33,9 @@ soak: .venv/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600
 
 # NANOCHAT=DIR, a checkout of the peer, adds the comparisons with it; BUNDLE=DIR, the folder of the
-# CORE eval bundle, the one on CORE.
+# CORE eval bundle, the one on CORE. (bench/sft.py --data DIR measures on real conversations, too.)
 bench: .venv/installed
-	for name in loss_memory startup ray_overhead demo; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in loss_memory startup ray_overhead demo sft; do $(BIN)/python bench/$$name.py || exit 1; done
 ifdef NANOCHAT
 	for name in packing train_step engine; do $(BIN)/python bench/$$name.py --nanochat $(NANOCHAT) || exit 1; done
 ifdef BUNDLE

@@ -1,8 +1,9 @@
-"""The demo in a fresh home: how long it takes, and its validation against gzip -9.
+"""The demo in a fresh home: how long it takes, its validation against gzip -9, what it answers.
 
     python bench/demo.py
 
-gzip compresses the very bytes that the validation counts, as one stream.
+gzip compresses the very bytes that the validation counts, as one stream. The accuracies are those
+of the table at the demo's end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ COMMANDS = {
     "build_s": job("jobs.data", "build", "--corpus", "docstrings"),
     "tokenizer_s": job("jobs.tokenizer", "train", "--config", "jobs/demo_tokenizer.yaml"),
     "pretrain_s": job("jobs.pretrain", "--config", "jobs/demo_pretrain.yaml"),
+    "sft_s": job("jobs.sft", "--config", "jobs/demo_sft.yaml"),
+    "eval_s": job("jobs.eval", "chat", "--config", "jobs/demo_eval.yaml"),
 }
 
 
@@ -46,6 +49,13 @@ def validation_text(home: str) -> bytes:
     return tokenizer.decode_bytes(targets[tokenizer.token_bytes()[targets] > 0].tolist())
 
 
+def chat_accuracies(home: str) -> dict[str, float]:
+    checkpoints = f"{home}/runs/demo-sft/evals"
+    (step,) = storage.list_names(checkpoints)
+    metrics = json.loads(storage.read_bytes(f"{checkpoints}/{step}/chat.json"))["metrics"]
+    return {name: round(value, 4) for name, value in metrics.items()}
+
+
 def main() -> None:
     home = environment()["NANORAY_HOME"] + "-demo"
     shutil.rmtree(home, ignore_errors=True)
@@ -64,6 +74,7 @@ def main() -> None:
         "tokens_per_s": round(summary["tokens_per_s"]),
         "val_bpb": round(summary["val_bpb"], 4),
         "gzip_9_bpb": round(8 * len(gzip.compress(text, 9)) / len(text), 4),
+        **chat_accuracies(home),
     }
     print(json.dumps(result))
 

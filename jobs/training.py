@@ -10,10 +10,10 @@ from nanoray.config import TrainConfig
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease, LeaseLostError
 from nanoray.train.record import check_resume, record_config, record_failure
-from nanoray.train.run_plan import RunPlan
+from nanoray.train.run_plan import StreamRunPlan
 
 
-def run_plan(plan: RunPlan, config: TrainConfig) -> int:
+def run_plan(plan: StreamRunPlan, config: TrainConfig) -> int:
     """Carry out a plan, or with ``--dry-run`` check all that can be checked; the exit code.
 
     Raises:
@@ -27,7 +27,7 @@ def run_plan(plan: RunPlan, config: TrainConfig) -> int:
     return _dry_run(plan) if config.dry_run else _train(plan, config)
 
 
-def _dry_run(plan: RunPlan) -> int:
+def _dry_run(plan: StreamRunPlan) -> int:
     from nanoray import fleet
     from nanoray.train import ray_glue
 
@@ -46,7 +46,7 @@ def _dry_run(plan: RunPlan) -> int:
     return 0
 
 
-def _train(plan: RunPlan, config: TrainConfig) -> int:
+def _train(plan: StreamRunPlan, config: TrainConfig) -> int:
     from jobs.progress import ProgressPrinter
     from nanoray import fleet
 

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from gloo import run_gloo
 
 from nanoray.config import PretrainConfig
-from nanoray.data.blocks import local_blocks
+from nanoray.data.blocks import Cursor, local_blocks, step_rows
 from nanoray.metrics import read_records
 from nanoray.train.plan import PretrainPlan, make_plan
 from nanoray.train.resume import choose_start
 from nanoray.train.run_plan import RunPlan
-from nanoray.train.stages import run_worker
+from nanoray.train.stages import make_worker, run_worker
+from nanoray.train.stream_worker import OpenBlocks
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
@@ -63,26 +66,23 @@ def stop_after(step: int) -> Callable[[], str]:
     return reason
 
 
-def work(
-    rank: int, world_size: int, made: RunPlan, stop_step: int | None = None
-) -> dict[str, Any]:
+def blocks_of(rank: int = 0, world_size: int = 1) -> OpenBlocks:
+    """The stream made in this process, dealt as Ray would."""
+    return lambda stream, tokenizer, cursor: local_blocks(
+        stream, tokenizer, cursor, rank, world_size
+    )
+
+
+def work(rank: int, world_size: int, made: RunPlan, stop_step: int | None = None) -> dict[str, Any]:
     """One worker of a run; returns its summary."""
     world = World(rank, world_size, torch.device("cpu"))
     hooks = Hooks(stop_reason=stop_after(stop_step) if stop_step else lambda: "")
     torch.set_num_threads(1)
     start = world.gather(choose_start(made, lambda _message: None).step)[0]
-    return run_worker(
-        made,
-        world,
-        lambda stream, tokenizer, cursor: local_blocks(stream, tokenizer, cursor, rank, world_size),
-        hooks,
-        start,
-    )
+    return run_worker(made, world, blocks_of(rank, world_size), hooks, start)
 
 
-def run_plan(
-    plan: RunPlan, world_size: int = 1, stop_step: int | None = None
-) -> dict[str, Any]:
+def run_plan(plan: RunPlan, world_size: int = 1, stop_step: int | None = None) -> dict[str, Any]:
     """Run a plan with gloo workers, or in this process if it needs but one."""
     if world_size == 1:
         threads = torch.get_num_threads()
@@ -91,6 +91,49 @@ def run_plan(
         finally:
             torch.set_num_threads(threads)
     return run_gloo(work, world_size, plan, stop_step)[0]
+
+
+class GradientRecorder:
+    """In the optimiser's place: sums gradients over workers and keeps them."""
+
+    def __init__(self, named: dict[str, torch.nn.Parameter]) -> None:
+        self.named = named
+        self.grads: dict[str, np.ndarray] = {}
+
+    def prepare_last_backward(self) -> None: ...
+
+    def step(self, *_settings: float) -> None:
+        for name, p in self.named.items():
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if dist.is_initialized():
+                dist.all_reduce(grad)
+            self.grads[name] = grad.numpy().copy()
+
+
+def noisy(model: torch.nn.Module) -> None:
+    """Add noise to all weights: initial values are zero in places and hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
+
+
+def first_gradients(rank: int, size: int, plan: RunPlan) -> dict[str, np.ndarray]:
+    """The gradients of a run's first step, and its loss as ``"loss"``; weights made noisy."""
+    torch.set_num_threads(1)
+    world = World(rank, size, torch.device("cpu"))
+    worker = make_worker(plan, world, blocks_of(rank, size), Hooks())
+    try:
+        noisy(worker.model)
+        recorder = GradientRecorder(dict(worker.model.named_parameters()))
+        worker.step._optimizer = recorder  # type: ignore[assignment]
+        blocks = local_blocks(worker.stream, worker.tokenizer, Cursor(), rank, size)
+        rows = next(step_rows(blocks, worker.stream, rank, size))
+        num_targets = worker._num_targets(rows)
+        loss, _times = worker.step(rows.ids, num_targets, 1.0, 0.9, 0.0, rows.trained)
+    finally:
+        worker.close()
+    return recorder.grads | {"loss": np.array(loss)}
 
 
 def losses(plan: RunPlan) -> dict[int, float]:

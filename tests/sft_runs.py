@@ -14,6 +14,9 @@ from nanoray.train.sft_plan import SftPlan, make_sft_plan
 
 BASE = {"num_iterations": 3, "total_batch_size": 512, "eval_tokens": 512}
 TINY_SFT = {
+    "max_seq_len": 64,
+    "total_batch_size": 1024,
+    "device_batch_size": 8,
     "eval_every": 0,
     "eval_tokens": 1024,
     "sample_every": 0,
@@ -43,16 +46,24 @@ def write_conversations(path: Path, count: int, words: tuple[int, int], seed: in
     return str(path)
 
 
-def make_base(corpus: str, tokenizer_dir: str, run: str) -> str:
-    """Train the base run to its end; its name."""
-    plan = tiny_plan(corpus, tokenizer_dir, run, **BASE)
+def make_base(corpus: str, tokenizer_dir: str, run: str, **changes: Any) -> str:
+    """Train the base run to its end; its folder."""
+    plan = tiny_plan(corpus, tokenizer_dir, run, **BASE | changes)
     assert run_plan(plan)["status"] == "finished"
-    return run
+    return plan.run_dir
 
 
 def sft_flags(base: str, mixture: str, run: str, **changes: Any) -> list[str]:
+    """Command-line flags of a tiny fine-tuning."""
     values = TINY_SFT | {"from_run": base, "mixture": mixture, "run": run} | changes
-    return [f"--{k.replace('_', '-')}={v}" for k, v in values.items() if v is not None]
+    flags = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags.append(f"--{flag}={value}")
+    return flags
 
 
 def sft_plan(base: str, mixture: str, run: str, **changes: Any) -> SftPlan:

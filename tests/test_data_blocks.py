@@ -132,7 +132,7 @@ def test_epochs_differ_in_order_but_not_in_documents(corpus: str, tokenizer: Tok
     first = {plan.describe_unit(i) for i in range(n)}
     second = {plan.describe_unit(i) for i in range(n, 2 * n)}
     assert first == second
-    assert [plan.epoch(i) for i in (0, n - 1, n)] == [0, 0, 1]
+    assert [plan.epoch(i, 0) for i in (0, n - 1, n)] == [0, 0, 1]
 
 
 def test_the_seed_changes_the_order(corpus: str, tokenizer: Tokenizer) -> None:

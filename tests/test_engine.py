@@ -73,6 +73,19 @@ def test_identical_requests_prefill_once(model: GPT) -> None:
     assert engine.stats()["decode_row_steps"] <= 16 * 6
 
 
+def test_samples_that_read_one_prompt_are_those_drawn_alone(model: GPT) -> None:
+    prompt = random_tokens(100, 0)
+    params = [SamplingParams(seed=seed, max_tokens=5 + 4 * seed, top_k=40) for seed in range(7)]
+    together = Engine(model, None, num_slots=7, max_len=140).generate([prompt] * 7, params)
+    for completion, alone in zip(together, params):
+        engine = Engine(model, None, num_slots=1, max_len=140, prefix_cache=False)
+        assert completion.tokens == engine.generate([prompt], alone)[0].tokens
+    greedy = SamplingParams(temperature=0, max_tokens=30, n=3)
+    engine = Engine(model, None, num_slots=5, max_len=140)
+    for completion in engine.generate([prompt, prompt[:90]], greedy):
+        assert_greedy(model, completion)
+
+
 def test_conversations_keep_their_slots(model: GPT) -> None:
     """A short common beginning does not cost another conversation its cache."""
     engine = Engine(model, None, num_slots=4, max_len=200)

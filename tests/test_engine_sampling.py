@@ -10,7 +10,7 @@ import torch
 from engine_models import one_thread  # noqa: F401
 from hypothesis import given, settings
 
-from nanoray.engine.sampling import SamplingParams, sample, uniform
+from nanoray.engine.sampling import SamplingParams, _largest, sample, uniform
 from nanoray.errors import NanorayError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,6 +76,20 @@ def test_rows_are_drawn_from_their_own_distribution(
             assert drawn.sampled_logprobs[b] == pytest.approx(math.log(wanted[token]), abs=1e-4)
             raw = logits_BV[b].double().log_softmax(-1)[token].item()
             assert drawn.logprobs[b] == pytest.approx(raw, abs=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 4), st.sampled_from([40, 64, 800, 803]), st.integers(1, 40), st.integers(0, 99)
+)
+def test_the_largest_are_found_among_ties(rows: int, vocab: int, k: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores_RV = torch.randint(-9, 9, (rows, vocab), generator=generator) / 1.0
+    scores_RV[0, : vocab // 2] = -torch.inf
+    ids_RK = _largest(scores_RV, k)
+    assert all(len(set(ids)) == k for ids in ids_RK.tolist())
+    found_RK = scores_RV.gather(1, ids_RK).sort(-1, descending=True).values
+    assert torch.equal(found_RK, torch.topk(scores_RV, k).values)
 
 
 def test_temperature_0_takes_the_likeliest_after_the_bias() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import hypothesis.strategies as st
-from hypothesis import given
+from hypothesis import given, settings
 
 from nanoray.engine.request import TextStream
-from nanoray.engine.slots import Slots, common_prefix
+from nanoray.engine.slots import Prefix, Slots, common_prefix
 
 
 def cuts(data: bytes, points: list[int]) -> list[bytes]:
@@ -90,3 +91,40 @@ def test_slots_reuse_copy_and_evict() -> None:
     assert common_prefix([1, 2, 3], [1, 2]) == 2
     assert common_prefix([], [1]) == 0
     assert common_prefix([1, 5], [1, 6]) == 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32))
+def test_slots_of_one_prefix_begin_alike(seed: int) -> None:
+    rng = random.Random(seed)
+    slots = Slots(5)
+    for _ in range(60):
+        busy = [slot for slot in slots.all if slot.busy]
+        if rng.random() < 0.6:
+            tokens = [rng.choice([0, 0, 0, 1]) for _ in range(rng.randint(1, 12))]
+            if (allocation := slots.allocate(tokens)) is not None:
+                assert allocation.slot.tokens == tokens[: allocation.length]
+                allocation.slot.tokens += tokens[allocation.length :]
+        elif busy:
+            slots.release(rng.choice(busy), keep=rng.random() < 0.8)
+        if rng.random() < 0.02:
+            slots.forget()
+        beginnings: dict[Prefix, list[int]] = {}
+        for slot in slots.all:
+            if slot.prefix is not None:
+                beginning = slot.tokens[: slot.prefix.length]
+                assert len(beginning) == slot.prefix.length > 0
+                assert beginnings.setdefault(slot.prefix, beginning) == beginning
+
+
+def test_samples_of_a_prompt_share_it_though_a_short_beginning_was_shared_before() -> None:
+    slots = Slots(4)
+    for tokens in ([1, 2, 3, 4], [1, 5, 6, 7], [1, 2, 3, 4], [1, 2, 3]):
+        allocation = slots.allocate(tokens)
+        assert allocation is not None
+        allocation.slot.tokens = tokens
+    first, second, third, fourth = (slot.prefix for slot in slots.all)
+    assert first == third != second
+    assert first is not None
+    assert second is not None
+    assert (first.length, second.length, fourth) == (3, 1, None)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 from functools import partialmethod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from gloo import run_gloo
-from pretrain_runs import hashes, losses, run_plan, tiny_plan, weights
+from pretrain_runs import blocks_of, first_gradients, hashes, losses, run_plan, tiny_plan, weights
 
 from nanoray import storage
 from nanoray.checkpoint import list_steps
-from nanoray.data.blocks import Cursor, local_blocks, step_rows
 from nanoray.data.writer import write_shard
 from nanoray.errors import NanorayError
 from nanoray.metrics import read_records
-from nanoray.train.plan import PretrainPlan
 from nanoray.train.pretrain import PretrainWorker
 from nanoray.train.record import check_resume, record_config
 from nanoray.train.resume import StartLostError, choose_start
@@ -32,46 +28,13 @@ from nanoray.train.world import World
 GOLDEN = Path(__file__).parent / "golden" / "pretrain_losses.json"
 
 
-class GradientRecorder:
-    """In the optimiser's place: sums gradients over workers and keeps them."""
-
-    def __init__(self, named: dict[str, torch.nn.Parameter]) -> None:
-        self.named = named
-        self.grads: dict[str, np.ndarray] = {}
-
-    def prepare_last_backward(self) -> None: ...
-
-    def step(self, *_settings: float) -> None:
-        for name, p in self.named.items():
-            grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if dist.is_initialized():
-                dist.all_reduce(grad)
-            self.grads[name] = grad.numpy().copy()
-
-
-def first_gradients(rank: int, size: int, plan_values: dict[str, Any]) -> dict[str, np.ndarray]:
-    plan = PretrainPlan.from_dict(plan_values)
-    torch.set_num_threads(1)
-    worker = PretrainWorker(plan, World(rank, size, torch.device("cpu")), Hooks())
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # default initial values are zero in places and hide mistakes
-        for p in worker.model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.02)
-    recorder = GradientRecorder(dict(worker.model.named_parameters()))
-    worker.step._optimizer = recorder  # type: ignore[assignment]
-    blocks = local_blocks(worker.stream, worker.tokenizer, Cursor(), rank, size)
-    rows = next(step_rows(blocks, worker.stream, rank, size))
-    worker.step(rows.ids, plan.total_batch_size, 1.0, 0.9, 0.0)
-    return recorder.grads
-
-
 @pytest.mark.slow
 def test_gradients_do_not_depend_on_workers_or_micro_batches(
     home: Path, corpus: str, tokenizer_dir: str
 ) -> None:
-    plan = tiny_plan(corpus, tokenizer_dir, "gradients", device_batch_size=16).to_dict()
+    plan = tiny_plan(corpus, tokenizer_dir, "gradients", device_batch_size=16)
     alone = first_gradients(0, 1, plan)
-    small = tiny_plan(corpus, tokenizer_dir, "gradients", device_batch_size=3).to_dict()
+    small = tiny_plan(corpus, tokenizer_dir, "gradients", device_batch_size=3)
     variants = [first_gradients(0, 1, small)]
     variants += [run_gloo(first_gradients, size, small)[0] for size in (2, 3, 4)]
     for grads in variants:
@@ -136,7 +99,7 @@ def test_save_at_two_workers_resume_at_one_and_back(
 
 def test_warming_up_leaves_no_gradient(home: Path, corpus: str, tokenizer_dir: str) -> None:
     plan = tiny_plan(corpus, tokenizer_dir, "warm")
-    worker = PretrainWorker(plan, World(0, 1, torch.device("cpu")), Hooks())
+    worker = PretrainWorker(plan, World(0, 1, torch.device("cpu")), Hooks(), 0, blocks_of())
     try:
         worker.step.warm_up(plan.model_config.sequence_len)
         grads = [p.grad for p in worker.model.parameters() if p.grad is not None]
@@ -321,7 +284,7 @@ def test_a_checkpoint_that_breaks_after_it_was_chosen_ends_the_start(
     content[-1] ^= 1
     broken.write_bytes(content)
     with pytest.raises(StartLostError, match=f"step_000012/{name} is damaged"):
-        PretrainWorker(plan, World(0, 1, torch.device("cpu")), Hooks(), start.step)
+        PretrainWorker(plan, World(0, 1, torch.device("cpu")), Hooks(), start.step, blocks_of())
     warnings: list[str] = []
     assert choose_start(plan, warnings.append).step == 10, "the next start takes the one before"
     assert len(warnings) == 1
@@ -335,6 +298,6 @@ def test_no_worker_looks_for_a_checkpoint_by_itself(
     run_plan(plan, stop_step=12)
     world = World(0, 1, torch.device("cpu"))
     for step in (10, 0):
-        worker = PretrainWorker(plan, world, Hooks(), step)
+        worker = PretrainWorker(plan, world, Hooks(), step, blocks_of())
         worker.close()
         assert worker.progress.step == step

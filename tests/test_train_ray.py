@@ -103,7 +103,7 @@ def test_a_checkpoint_that_breaks_between_stream_and_workers(
 
     def damage_and_train(config: dict[str, Any]) -> None:
         """As the workers begin, what the stream has already taken up breaks under them."""
-        latest = Path(config["plan"]["run_dir"], "checkpoints", "step_000020")
+        latest = Path(config["plan"].run_dir, "checkpoints", "step_000020")
         if ray.train.get_context().get_world_rank() == 0 and latest.exists():
             model = latest / "model.safetensors"
             model.write_bytes(model.read_bytes()[:-7])

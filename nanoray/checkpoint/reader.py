@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanoray import storage
-from nanoray.checkpoint.folder import crc32_of, list_steps, step_dir, unseal
+from nanoray.checkpoint.folder import crc32_of, list_steps, step_dir, step_of, unseal
 from nanoray.errors import NanorayError
 
 
@@ -46,6 +46,14 @@ class Checkpoint:
         self._index: dict[tuple[str, str], list[list[Any]]] = {}
         for param, state, start, stop, _num_rows, name, key in index:
             self._index.setdefault((param, state), []).append([start, stop, name, key])
+
+    @classmethod
+    def at(cls, folder: str) -> Checkpoint:
+        """The checkpoint of a folder or URI, named as ours are."""
+        root, name = folder.rsplit("/", 1)
+        step = step_of(name)
+        assert step is not None, f"{folder} is no checkpoint's folder"
+        return cls(root, step)
 
     def __enter__(self) -> Checkpoint:
         return self

@@ -26,6 +26,7 @@ from nanoray.config.eval import (
     SampleConfig,
 )
 from nanoray.config.pretrain import RECIPES, PretrainConfig
+from nanoray.config.rl import RlConfig, RlScaleConfig, RlStatusConfig
 from nanoray.config.sft import SFT_RECIPES, SftConfig
 from nanoray.config.tokenizer import TokenizerConfig
 from nanoray.config.train import TrainConfig
@@ -45,6 +46,9 @@ __all__ = [
     "JobConfig",
     "PretrainConfig",
     "RepackageConfig",
+    "RlConfig",
+    "RlScaleConfig",
+    "RlStatusConfig",
     "SampleConfig",
     "SftConfig",
     "TokenizerConfig",

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from nanoray.config.train import TrainConfig
+from nanoray.config.train import StreamTrainConfig
 
 # What the two recipes set where no flag does (sources: nanochat 92d63d4 and a54691b).
 RECIPES: dict[str, dict[str, float]] = {
@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, float]] = {
 }
 
 
-class PretrainConfig(TrainConfig):
+class PretrainConfig(StreamTrainConfig):
     """``python -m jobs.pretrain``: every flag of pretraining."""
 
     run: str | None = Field(None, description="run name; the same name resumes (default: d<depth>)")

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nanoray.config.train import TrainConfig
+from nanoray.config.train import StreamTrainConfig
 
 # What the two recipes set where no flag does (sources: nanochat 92d63d4 and a54691b).
 SFT_RECIPES: dict[str, dict[str, Any]] = {
@@ -25,7 +25,7 @@ SFT_RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-class SftConfig(TrainConfig):
+class SftConfig(StreamTrainConfig):
     """``python -m jobs.sft``: every flag of supervised fine-tuning."""
 
     from_run: str | None = Field(

@@ -13,7 +13,6 @@ class TrainConfig(JobConfig):
     """Flags of every stage of training."""
 
     eval_every: int = Field(250, ge=0, description="steps between validations (0: only at the end)")
-    eval_tokens: int = Field(80 * 524288, ge=1, description="tokens of a validation")
     sample_every: int = Field(2000, ge=0, description="steps between samples (0: only at the end)")
     save_every: int = Field(
         1000, ge=0, description="steps between checkpoints (0: only at the end)"
@@ -33,8 +32,14 @@ class TrainConfig(JobConfig):
         "default", description="torch.compile mode"
     )
     seed: int = Field(42, ge=0, le=2**63 - 1, description="of weights and of the data order")
+    dashboard: bool = Field(False, description="start Ray's dashboard with a local Ray")
+    wandb: str | None = Field(None, description="project to log to (default: no wandb)")
+
+
+class StreamTrainConfig(TrainConfig):
+    """Flags of the stages that train on the rows of a stream."""
+
+    eval_tokens: int = Field(80 * 524288, ge=1, description="tokens of a validation")
     spike_factor: float = Field(
         3.0, gt=1, description="a loss above this multiple of its average stops the run"
     )
-    dashboard: bool = Field(False, description="start Ray's dashboard with a local Ray")
-    wandb: str | None = Field(None, description="project to log to (default: no wandb)")

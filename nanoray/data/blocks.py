@@ -37,8 +37,8 @@ class Stream(Protocol):
         """The rows of unit ``index``."""
         ...
 
-    def epoch(self, index: int) -> int:
-        """How often everything has been read before unit ``index``."""
+    def epoch(self, index: int, row: int) -> int:
+        """How often everything has been read before row ``row`` of unit ``index``."""
         ...
 
     def describe_unit(self, index: int) -> str:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from functools import cached_property
-from typing import Any, Literal
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -89,10 +89,12 @@ def measure(
     sequence_len: int,
     train_on: TrainOn,
     progress: Callable[[int, int], None] = lambda _conversations, _tokens: None,
+    num_tokens: int | None = None,
 ) -> Measured:
     """Render every conversation once, for its length.
 
     Args:
+        num_tokens: the first conversations that have so many within rows are enough (None: all).
         progress: told of conversations and tokens so far, now and then.
 
     Raises:
@@ -110,11 +112,14 @@ def measure(
             truncated += full_length > capacity
             digest.update(np.array(ids, np.uint32).tobytes() + bytes(trained))
         tokens_cut += full_length - int(lengths[i])
+        if num_tokens is not None and tokens - tokens_cut >= num_tokens:
+            lengths = lengths[: i + 1]
+            break
         if i % 1000 == 999:
             progress(i + 1, tokens)
     if not lengths.any():
         raise NanorayError(
-            f"none of the {num_conversations:,} conversations has anything to train on within "
+            f"none of the {len(lengths):,} conversations has anything to train on within "
             f"{sequence_len} tokens; raise --max-seq-len or take other data"
         )
     return Measured(lengths, tokens, truncated, tokens_cut, digest.hexdigest()[:32])
@@ -147,6 +152,17 @@ def _row(pool: PiecePool) -> Iterator[int]:
         room -= size
 
 
+# Ray Data unpickles the stream anew for every packing task: what a process has worked out stays.
+@lru_cache(maxsize=2)
+def _packed(lengths: bytes, capacity: int) -> list[np.ndarray]:
+    return pack(np.frombuffer(lengths, np.int32), capacity)
+
+
+@lru_cache(maxsize=8)
+def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(num_rows, (seed, epoch))
+
+
 @dataclass(frozen=True)
 class ConversationStream:
     """A `Stream` of rows of conversations; the same rows come in another order every epoch.
@@ -164,37 +180,39 @@ class ConversationStream:
     train_on: TrainOn
     seed: int
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Without the rows: every process works them out faster than it would read them.
-        values = tuple(getattr(self, field.name) for field in fields(self))
-        return type(self), values
-
-    @cached_property
+    @property
     def rows(self) -> list[np.ndarray]:
         """The conversations of every row."""
-        return pack(self.lengths, self.layout.sequence_len + 1)
+        return _packed(self.lengths.tobytes(), self.layout.sequence_len + 1)
 
     @property
     def _unit_rows(self) -> int:
         return max(1, UNIT_TOKENS // self.layout.sequence_len)
 
-    @property
-    def _units_per_epoch(self) -> int:
-        return -(-len(self.rows) // self._unit_rows)
-
     def unit_indices(self, first: int) -> range:
         needed = (self.num_steps + 2 * self.layout.slab_steps) * self.layout.rows_per_step
-        epochs = -(-needed // len(self.rows))
-        return range(first, epochs * self._units_per_epoch)
+        return range(first, -(-needed // self._unit_rows))
 
-    def epoch(self, index: int) -> int:
-        return index // self._units_per_epoch
+    def _places(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Epoch and place in it of a unit's rows: steps take the rows of the epochs in order.
+
+        The stream itself has them slab by slab in the order of blocks, each of which holds rows of
+        many steps. So whatever the horizon is, no row comes a second time before all have come.
+        """
+        start = index * self._unit_rows
+        numbers = self.layout.step_order(np.arange(start, start + self._unit_rows))
+        epochs, places = np.divmod(numbers, len(self.rows))
+        return epochs, places
+
+    def epoch(self, index: int, row: int) -> int:
+        return int(self._places(index)[0][row])
 
     def _unit(self, index: int) -> list[np.ndarray]:
-        epoch, position = divmod(index, self._units_per_epoch)
-        order = permutation(len(self.rows), (self.seed, epoch))
-        start = position * self._unit_rows
-        return [self.rows[i] for i in order[start : start + self._unit_rows]]
+        rows = self.rows
+        return [
+            rows[_order(len(rows), self.seed, epoch)[place]]
+            for epoch, place in zip(*(column.tolist() for column in self._places(index)))
+        ]
 
     def describe_unit(self, index: int) -> str:
         members = np.concatenate(self._unit(index))
@@ -205,7 +223,7 @@ class ConversationStream:
 
 
 def fill(stream: ConversationStream, rows: list[np.ndarray], tokenizer: Tokenizer) -> PackedUnit:
-    """The ids of some rows of a stream.
+    """The ids of some rows of a stream; tokens are counted as rendered, BOS with them.
 
     Raises:
         NanorayError: a conversation is not as long as when it was measured.
@@ -248,12 +266,9 @@ def held_out_rows(
     Raises:
         NanorayError: a conversation breaks the form, or none has anything to train on.
     """
-    count = tokens = 0
-    while count < num_conversations and tokens < num_tokens:
-        ids, _, _ = render(conversations(count), tokenizer, sequence_len + 1, train_on)
-        tokens += len(ids)
-        count += 1
-    measured = measure(conversations, count, tokenizer, sequence_len, train_on)
+    measured = measure(
+        conversations, num_conversations, tokenizer, sequence_len, train_on, num_tokens=num_tokens
+    )
     stream = ConversationStream(
         conversations, measured.lengths, layout(1, sequence_len), 1, train_on, 0
     )

@@ -51,6 +51,14 @@ class Layout:
     def rows_per_block(self) -> int:
         return self.stripe_rows * self.slab_steps
 
+    def step_order(self, positions: np.ndarray) -> np.ndarray:
+        """Positions of rows in the stream -> in which place they are trained on; int64 [n]."""
+        slab, position = np.divmod(positions, self.slab_steps * self.rows_per_step)
+        stripe, position = np.divmod(position, self.rows_per_block)
+        step, row = np.divmod(position, self.stripe_rows)
+        step += slab * self.slab_steps
+        return step * self.rows_per_step + stripe * self.stripe_rows + row
+
 
 def layout(rows_per_step: int, sequence_len: int) -> Layout:
     """Stripes have 8 rows, or fewer where 8 workers could not share a step otherwise."""
@@ -78,7 +86,7 @@ class StreamPlan:
     def unit_indices(self, first: int) -> range:
         return range(first, self.num_units)
 
-    def epoch(self, index: int) -> int:
+    def epoch(self, index: int, _row: int) -> int:
         return index // len(self.units)
 
     def pack(self, tokenizer: Tokenizer, index: int) -> PackedUnit:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from nanoray import storage
 from nanoray.data.shards import list_shards, read_row_group, row_groups, split_shards
@@ -74,6 +74,19 @@ def word_list(corpus_dir: str) -> str:
     with write_errors(uri):
         storage.write_text(uri, "\n".join(words) + "\n")
     return uri
+
+
+def words_of_run(plan: Mapping[str, Any]) -> str:
+    """The word list that a run knows: the one it was given, or that of its corpus.
+
+    Args:
+        plan: the values of the run's plan, as its checkpoints keep them.
+
+    Raises:
+        NanorayError: see `word_list`.
+    """
+    given = plan.get("sources", {}).get("words")
+    return str(given) if given else word_list(plan["corpus_dir"])
 
 
 def _evenly(items: Sequence[_T], count: int) -> list[_T]:

@@ -7,8 +7,13 @@ gives what GPT.hidden would give for the whole sequences.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import mmap
+
+# What one more call of the attention costs, in keys of a row that the same time would read. On a
+# CPU (d4, 4 heads of 64) a call takes 12 us and a key .06 us; on a GPU launches count most.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,28 +21,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanoray.engine.slots import Prefix
 from nanoray.engine.weights import Layer, Unit, Weights
 from nanoray.errors import NanorayError
 from nanoray.model.gpt import GPT, SOFTCAP, norm
 
-# What one more call of the attention costs, in keys of a row that the same time would read. On a
-# CPU (d4, 4 heads of 64) a call takes 12 us and a key .06 us; on a GPU launches count most.
 _CALL_KEYS_CPU, _CALL_KEYS_GPU = 128, 1_000_000
+# Fewest keys of a common prefix that rows read together: for fewer the merging costs more.
+_SHARED_KEYS = 32
 
 
 class KVCache:
-    """Keys and values of every slot: per layer [slots, 2K, max_len + 1, D] in the compute dtype.
+    """Keys and values of every slot: per layer [slots, 2, K, max_len + 1, D], compute dtype.
 
-    K heads of (unit, rotated) keys, then K of values. Position max_len takes what padding writes
-    and is never read. Starts as zeros, because a masked key has weight zero, and zero times an
-    uninitialised NaN is NaN.
+    Keys are unit and rotated. Position max_len takes what padding writes and is never read.
+    Starts as zeros, because a masked key has weight zero, and zero times an uninitialised NaN is
+    NaN.
     """
 
     def __init__(self, model: CachedModel, num_slots: int, max_len: int) -> None:
         config = model.config
         assert 0 < max_len <= config.rotary_len
         self.num_slots, self.max_len = num_slots, max_len
-        shape = (num_slots, 2 * config.n_kv_head, max_len + 1, config.head_dim)
+        shape = (num_slots, 2, config.n_kv_head, max_len + 1, config.head_dim)
         self.layers = [
             _zeros(shape, model.compute_dtype, model.device) for _ in range(config.n_layer)
         ]
@@ -45,7 +51,7 @@ class KVCache:
     def copy(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the first `length` positions of slot `source`."""
         for cached in self.layers:
-            cached[target, :, :length] = cached[source, :, :length]
+            cached[target, ..., :length, :] = cached[source, ..., :length, :]
 
     def clear(self, slot: int | None = None) -> None:
         """Zero a slot, or all: after NaNs, which even masked positions would hand on."""
@@ -54,22 +60,38 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros; in the host's memory pages are not touched, and so take none, until they are used."""
+    """Zeros; in the host's memory pages take no time and space until they are used."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: a decoding row touches thousands of small pages
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring rows in neighbouring slots, which attend to keys first..last - 1 in one call."""
+    """One call of the attention: neighbouring rows attend to the same range of keys."""
 
     rows: slice
-    slots: slice
+    slots: slice  # as many as rows, or one for all
     keys: slice
     bias: Tensor | None  # [rows, 1, heads of a group * T, keys]: 0 or -inf; None if all is seen
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The calls for the layers of one window.
+
+    Rows that begin with copies of one prefix read a single one of them (`shared`; cascade
+    attention, see FlashInfer, arXiv 2501.01005); `own` covers all rows, and what each sees
+    apart from that.
+    """
+
+    own: list[_Run]
+    shared: list[_Run]
 
 
 class CachedModel:
@@ -126,6 +148,8 @@ class CachedModel:
         tokens_BT: Tensor,
         lengths_B: Sequence[int],
         previous_B: Sequence[int],
+        prefixes_B: Sequence[Prefix | None] | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Extend the sequences of some slots; hidden states [B, T, D] after the final norm.
 
@@ -133,7 +157,8 @@ class CachedModel:
         (distinct slots). Their keys and values are written; the row attends to them and to what
         the slot holds below, within each layer's window. previous_B is the token id before each
         row (-1 at position 0), which July's smear needs. Beyond a row's length the output is
-        meaningless and the slot untouched.
+        meaningless and the slot untouched. prefixes_B: what slots have in common; used where
+        neighbouring rows decode. last_only: give [B, 1, D], of each row's last token.
         """
         B, T = tokens_BT.shape
         ends_B = [start + length for start, length in zip(starts_B, lengths_B)]
@@ -149,8 +174,8 @@ class CachedModel:
         if T > 1:
             write_BT = torch.where(positions_BT < ends_B1, positions_BT, cache.max_len)
             positions_BT = torch.minimum(positions_BT, ends_B1 - 1)
-        runs = {
-            window: self._runs(window, slots_B, starts_B, ends_B, positions_BT)
+        plans = {
+            window: self._plan(window, slots_B, starts_B, ends_B, positions_BT, prefixes_B)
             for window in {layer.window for layer in weights.layers}
         }
         turn_BT1d = self._turn_T1d[positions_BT]
@@ -160,10 +185,17 @@ class CachedModel:
         x_BTD = middle_BTD = x0_BTD
         for i, layer in enumerate(weights.layers):
             x_BTD = torch.add(x0_LBTD[i], x_BTD, alpha=layer.resid_lambda)
-            q_BTHD, kv_BTKD = self._qkv(layer, self._unit(x_BTD), table_BTC, turn_BT1d)
-            kv_SKTD = cache.layers[i]
-            kv_SKTD[slots_B1, :, write_BT] = kv_BTKD
-            out_BTD = self._attend(q_BTHD, kv_SKTD, runs[layer.window])
+            q_BTHD, kv_BT2KD = self._qkv(layer, self._unit(x_BTD), table_BTC, turn_BT1d)
+            kv_S2KTD = cache.layers[i]
+            kv_S2KTD[slots_B1, :, :, write_BT] = kv_BT2KD
+            plan = plans[layer.window]
+            if last_only and T > 1 and layer is weights.layers[-1]:
+                # Of the others the last layer's keys and values are all that is ever used.
+                lasts_B = [end - 1 for end in ends_B]
+                plan = self._plan(layer.window, slots_B, lasts_B, ends_B, ends_B1 - 1, None)
+                at = (torch.arange(B, device=self.device).unsqueeze(1), ends_B1 - starts_B1 - 1)
+                q_BTHD, x_BTD, middle_BTD = q_BTHD[at], x_BTD[at], middle_BTD[at]
+            out_BTD = self._attend(q_BTHD, kv_S2KTD, plan)
             x_BTD = layer.proj.plus(out_BTD, x_BTD)
             hidden_BTM = layer.fc.relu(self._unit(x_BTD)).square_()
             x_BTD = layer.mlp_proj.plus(hidden_BTM, x_BTD)
@@ -177,7 +209,8 @@ class CachedModel:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Softcapped logits of hidden states, fp32 [N, vocab_size]."""
         z_NV = self._weights.head(hidden_ND).float()
-        return z_NV.div_(SOFTCAP).tanh_().mul_(SOFTCAP)
+        # c tanh(z / c), 4e-6 apart at most; on CPUs a sigmoid takes a fifth of a tanh's time.
+        return z_NV.mul_(2 / SOFTCAP).sigmoid_().mul_(2 * SOFTCAP).sub_(SOFTCAP)
 
     def _embed(self, tokens_BT: Tensor, previous_B: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Each token's row of the table [B, T, C], and the smeared embeddings [B, T, D]."""
@@ -194,7 +227,7 @@ class CachedModel:
     def _qkv(
         self, layer: Layer, x_BTD: Tensor, table_BTC: Tensor, turn_BT1d: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Queries [B, T, H, D], and keys and values [B, T, 2K, D]; unit and rotated but values."""
+        """Queries [B, T, H, D], keys and values [B, T, 2, K, D]; all but values are rotated."""
         H, K, D = self.config.n_head, self.config.n_kv_head, self.config.head_dim
         out_BTO = layer.qkvg(x_BTD)
         heads = out_BTO[..., : (H + 2 * K) * D].unflatten(-1, (H + 2 * K, D))
@@ -205,71 +238,148 @@ class CachedModel:
             gate_BTK1 = out_BTO[..., (H + 2 * K) * D :][..., :K].sigmoid().unsqueeze(-1)
             v_BTKD = heads[:, :, H + K :]
             v_BTKD.addcmul_(gate_BTK1, table_BTC[..., layer.value_columns].view_as(v_BTKD))
-        return heads[:, :, :H], heads[:, :, H:]
+        return heads[:, :, :H], heads[:, :, H:].unflatten(2, (2, K))
 
-    def _runs(
+    def _plan(
         self,
         window: int,
         slots_B: Sequence[int],
         starts_B: Sequence[int],
         ends_B: Sequence[int],
         positions_BT: Tensor,
-    ) -> list[_Run]:
-        """Cut the rows into calls of the attention; what they see in layers of one window.
-
-        Attention reads the cache where it lies: to gather the keys of scattered slots would take
-        as long as to attend to them. Rows share a call unless that makes them read far more keys
-        than they see (rows of unlike lengths), for decoding is bound by reading keys.
-        """
-        call_keys = _CALL_KEYS_CPU if self.device.type == "cpu" else _CALL_KEYS_GPU
+        prefixes_B: Sequence[Prefix | None] | None,
+    ) -> _Plan:
+        """Which keys the rows read in layers of one window, and in which calls."""
+        bias_B1RS: Tensor | None = None
         firsts_B = [max(0, start - window) for start in starts_B]
-        spans: list[tuple[int, int, int]] = []  # first row, first key, end of the keys
-        needed = 0
-        for b, (first, end) in enumerate(zip(firsts_B, ends_B)):
-            if b and slots_B[b] == slots_B[b - 1] + 1:
-                row, *keys = spans[-1]
-                joint = (min(first, keys[0]), max(end, keys[1]))
-                shared = (joint[1] - joint[0]) * (b + 1 - row)
-                if shared <= needed + end - first + call_keys:
-                    spans[-1], needed = (row, *joint), needed + end - first
-                    continue
-            spans.append((b, first, end))
-            needed = end - first
-        stops = [row for row, *_ in spans[1:]] + [len(slots_B)]
-        return [
-            self._run(window, slots_B[row], slice(row, stop), slice(*keys), positions_BT)
-            for (row, *keys), stop in zip(spans, stops)
-        ]
+        low, high = min(firsts_B), max(ends_B)
 
-    def _run(self, window: int, slot: int, rows: slice, keys: slice, positions_BT: Tensor) -> _Run:
-        slots = slice(slot, slot + rows.stop - rows.start)
-        if slots.stop - slots.start == 1 and positions_BT.size(1) == 1:
-            return _Run(rows, slots, keys, None)
-        keys_S = torch.arange(keys.start, keys.stop, device=self.device)
-        distance_RTS = positions_BT[rows].unsqueeze(-1) - keys_S
-        hidden_RTS = (distance_RTS < 0) | (distance_RTS > window)
-        bias_RTS = torch.zeros(hidden_RTS.shape, dtype=self.compute_dtype, device=self.device)
-        bias_RTS.masked_fill_(hidden_RTS, -torch.inf)
+        def run(rows: slice, slots: slice, keys: slice) -> _Run:
+            nonlocal bias_B1RS
+            if positions_BT.size(1) == 1 and all(
+                first <= keys.start and end >= keys.stop
+                for first, end in zip(firsts_B[rows], ends_B[rows])
+            ):
+                return _Run(rows, slots, keys, None)
+            if bias_B1RS is None:
+                bias_B1RS = self._bias(window, positions_BT, low, high)
+            bias = bias_B1RS[rows, ..., keys.start - low : keys.stop - low]
+            return _Run(rows, slots, keys, bias)
+
+        call_keys = _CALL_KEYS_CPU if self.device.type == "cpu" else _CALL_KEYS_GPU
+        segments = [(slice(0, len(slots_B)), 0)]
+        if prefixes_B is not None and positions_BT.size(1) == 1 and self.device.type == "cpu":
+            segments = _sharing(prefixes_B, firsts_B)
+        own, shared = [], []
+        for rows, end in segments:
+            own_firsts = [max(first, end) for first in firsts_B[rows]]
+            if end:
+                slot, first = slots_B[rows.start], min(firsts_B[rows])
+                shared.append(run(rows, slice(slot, slot + 1), slice(first, end)))
+            for span, keys in _spans(slots_B[rows], own_firsts, ends_B[rows], call_keys):
+                slot, count = slots_B[rows][span.start], span.stop - span.start
+                span = slice(rows.start + span.start, rows.start + span.stop)
+                own.append(run(span, slice(slot, slot + count), keys))
+        return _Plan(own, shared)
+
+    def _bias(self, window: int, positions_BT: Tensor, low: int, high: int) -> Tensor:
+        """[B, 1, heads of a group * T, high - low]: -inf where a token does not see a key."""
+        B, T = positions_BT.shape
+        keys_S = torch.arange(low, high, device=self.device)
+        distance_BTS = positions_BT.unsqueeze(-1) - keys_S
+        bias_BTS = torch.zeros(distance_BTS.shape, dtype=self.compute_dtype, device=self.device)
+        bias_BTS.masked_fill_((distance_BTS < 0) | (distance_BTS > window), -torch.inf)
         group = self.config.n_head // self.config.n_kv_head
-        return _Run(rows, slots, keys, bias_RTS.repeat(1, group, 1).unsqueeze(1))
+        return bias_BTS[:, None, None].expand(B, 1, group, T, -1).reshape(B, 1, group * T, -1)
 
-    def _attend(self, q_BTHD: Tensor, kv_SKTD: Tensor, runs: list[_Run]) -> Tensor:
+    def _attend(self, q_BTHD: Tensor, kv_S2KTD: Tensor, plan: _Plan) -> Tensor:
         """Attention of each row over its slot: [B, T, H * D]. The heads of a group are rows."""
         B, T, H, D = q_BTHD.shape
         K = self.config.n_kv_head
         q_BKRD = q_BTHD.unflatten(2, (K, H // K)).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
-        outs = [
-            F.scaled_dot_product_attention(
-                q_BKRD[run.rows],
-                kv_SKTD[run.slots, :K, run.keys],
-                kv_SKTD[run.slots, K:, run.keys],
-                attn_mask=run.bias,
+        if plan.shared:
+            out_BKRD = self._cascade(q_BKRD, kv_S2KTD, plan)
+        else:
+            outs = [
+                F.scaled_dot_product_attention(
+                    q_BKRD[run.rows],
+                    *kv_S2KTD[run.slots, :, :, run.keys].unbind(1),
+                    attn_mask=run.bias,
+                    scale=self._weights.attention_scale,
+                )
+                for run in plan.own
+            ]
+            out_BKRD = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out_BKRD.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
+
+    def _cascade(self, q_BKRD: Tensor, kv_S2KTD: Tensor, plan: _Plan) -> Tensor:
+        """Attention by parts, merged by the sums of their exponentials: [B, K, R, D]."""
+        R = q_BKRD.size(2)
+
+        def attend(q_NKRD: Tensor, run: _Run, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            out_NKRD, logsumexp_NKR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q_NKRD,
+                *kv_S2KTD[run.slots, :, :, run.keys].unbind(1),
+                attn_mask=bias,
                 scale=self._weights.attention_scale,
             )
-            for run in runs
-        ]
-        out_BKRD = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return out_BKRD.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
+            return out_NKRD, logsumexp_NKR
+
+        outs, sums = zip(*[attend(q_BKRD[run.rows], run, run.bias) for run in plan.own])
+        out_BKRD, logsumexp_BKR = torch.cat(outs), torch.cat(sums)
+        for run in plan.shared:
+            # All rows as rows of one: each head's keys are read once.
+            q_1KRD = q_BKRD[run.rows].transpose(0, 1).flatten(1, 2).unsqueeze(0)
+            bias = None if run.bias is None else run.bias.flatten(0, 2)
+            out_1KRD, logsumexp_1KR = attend(q_1KRD, run, bias)
+            out_NKRD = out_1KRD[0].unflatten(1, (-1, R)).transpose(0, 1)
+            logsumexp_NKR = logsumexp_1KR[0].unflatten(1, (-1, R)).transpose(0, 1)
+            share_NKR1 = (logsumexp_NKR - logsumexp_BKR[run.rows]).sigmoid_().unsqueeze(-1)
+            out_BKRD[run.rows].lerp_(out_NKRD, share_NKR1.to(out_NKRD.dtype))
+        return out_BKRD
+
+
+def _sharing(
+    prefixes_B: Sequence[Prefix | None], firsts_B: Sequence[int]
+) -> list[tuple[slice, int]]:
+    """Cut the rows where neighbours begin or cease to share: rows, end of their prefix or 0."""
+    ends_B = [
+        prefix.length if prefix and prefix.length - first >= _SHARED_KEYS else 0
+        for prefix, first in zip(prefixes_B, firsts_B)
+    ]
+    segments = []
+    start = 0
+    for key, group in itertools.groupby(
+        prefix if end else None for prefix, end in zip(prefixes_B, ends_B)
+    ):
+        stop = start + len(list(group))
+        segments.append((slice(start, stop), key.length if key and stop > start + 1 else 0))
+        start = stop
+    return segments
+
+
+def _spans(
+    slots_B: Sequence[int], firsts_B: Sequence[int], ends_B: Sequence[int], call_keys: int
+) -> list[tuple[slice, slice]]:
+    """Cut the rows into calls of the attention: rows, keys.
+
+    Attention reads the cache where it lies: to gather the keys of scattered slots would take as
+    long as to attend to them. Rows share a call unless that makes them read far more keys than
+    they see (rows of unlike lengths), for decoding is bound by reading keys.
+    """
+    spans: list[tuple[slice, slice]] = []
+    needed = 0
+    for b, (first, end) in enumerate(zip(firsts_B, ends_B)):
+        if b and slots_B[b] == slots_B[b - 1] + 1:
+            rows, keys = spans[-1]
+            joint = slice(min(first, keys.start), max(end, keys.stop))
+            read = (joint.stop - joint.start) * (b + 1 - rows.start)
+            if read <= needed + end - first + call_keys:
+                spans[-1], needed = (slice(rows.start, b + 1), joint), needed + end - first
+                continue
+        spans.append((slice(b, b + 1), slice(first, end)))
+        needed = end - first
+    return spans
 
 
 def _shape(shape: torch.Size | None) -> str:

@@ -161,6 +161,13 @@ class Engine:
         """
         self._do(lambda: self._scheduler.load_weights(state_dict, version))
 
+    def forget(self) -> None:
+        """Drop the cached prefixes: what comes next does not depend on what was before.
+
+        Bitwise, that is; a cached prefix changes nothing but the rounding.
+        """
+        self._do(lambda: self._scheduler.slots.forget())
+
     def pause(self) -> None:
         """Return when the step under way is finished; then nothing runs until resume()."""
         self._do(lambda: setattr(self, "_paused", True))

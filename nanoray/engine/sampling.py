@@ -13,6 +13,7 @@ from nanoray.errors import NanorayError
 
 MAX_BIAS = 100.0  # OpenAI's range; logits lie within ±15, so that it forces or forbids a token
 _NUCLEUS_GUESS = 128  # likeliest tokens looked at first for top-p, instead of sorting them all
+_COLUMN = 8
 _MASK_64 = 2**64 - 1
 
 
@@ -118,11 +119,14 @@ def sample(
     their ids: a rounding error moves a boundary by as much, and never swaps two tokens.
     """
     scores_BV = _with_bias(logits_BV, params_B)
-    tokens_B = scores_BV.argmax(-1)
-    sampled_B = torch.zeros_like(tokens_B, dtype=torch.float32)
     drawn = [b for b, params in enumerate(params_B) if params.temperature > 0]
+    all_drawn = len(drawn) == len(params_B)
+    tokens_B = logits_BV.new_zeros(len(params_B), dtype=torch.long)
+    sampled_B = logits_BV.new_zeros(len(params_B))
+    if not all_drawn:
+        tokens_B = scores_BV.argmax(-1)
     if drawn:
-        rows_R = torch.tensor(drawn, device=logits_BV.device)
+        rows_R = slice(None) if all_drawn else torch.tensor(drawn, device=logits_BV.device)
         params_R = [params_B[b] for b in drawn]
         scores_RC, ids_RC = _candidates(scores_BV[rows_R], params_R)
         scores_RC = _filtered(scores_RC, params_R)
@@ -157,9 +161,26 @@ def _candidates(scores_RV: Tensor, params_R: Sequence[SamplingParams]) -> tuple[
     V = scores_RV.size(1)
     if any(not 0 < params.top_k < V for params in params_R):
         return scores_RV, torch.arange(V, device=scores_RV.device).expand_as(scores_RV)
-    scores_RC, ids_RC = torch.topk(scores_RV, max(params.top_k for params in params_R), dim=-1)
-    ids_RC, order_RC = ids_RC.sort(-1)
-    return scores_RC.gather(1, order_RC), ids_RC
+    ids_RC = _largest(scores_RV, max(params.top_k for params in params_R)).sort(-1).values
+    return scores_RV.gather(1, ids_RC), ids_RC
+
+
+def _largest(scores_RV: Tensor, k: int) -> Tensor:
+    """The ids of the k largest scores [R, k].
+
+    In two steps, on a CPU a fifth of torch.topk's time: the k largest of all lie in the k columns
+    (ids that are equal modulo V / _COLUMN) of largest maxima.
+    """
+    R, V = scores_RV.shape
+    width = V // _COLUMN
+    if V % _COLUMN or k > width:
+        return torch.topk(scores_RV, k, sorted=False).indices
+    scores_RJW = scores_RV.view(R, _COLUMN, width)
+    columns_R1K = scores_RJW.amax(1, keepdim=True).topk(k, sorted=False).indices
+    chosen_RJK = scores_RJW.gather(2, columns_R1K.expand(R, _COLUMN, k))
+    chosen_RK = chosen_RJK.flatten(1).topk(k, sorted=False).indices
+    columns_RK = columns_R1K[:, 0].gather(1, chosen_RK % k)
+    return columns_RK + chosen_RK // k * width
 
 
 def _filtered(scores_RC: Tensor, params_R: Sequence[SamplingParams]) -> Tensor:

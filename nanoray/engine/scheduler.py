@@ -86,7 +86,7 @@ class Scheduler:
         requests, hiddens = self._prefill()
         rows = [r for r in self.running if r.pending == 1 and not isinstance(r, ScoreRequest)]
         if rows:
-            rows.sort(key=lambda request: request.placed.index)
+            rows.sort(key=_place)
             hiddens.append(self._forward(rows, [1] * len(rows))[:, 0])
             requests += rows
             self.counts["decode_steps"] += 1
@@ -108,7 +108,8 @@ class Scheduler:
         while budget > 0 and (request := self._next_prefill()) is not None:
             count = min(request.pending, budget)
             budget -= count
-            hidden_1TD = self._forward([request], [count])
+            scored = isinstance(request, ScoreRequest)
+            hidden_1TD = self._forward([request], [count], last_only=not scored)
             self.counts["computed_prefill_tokens"] += count
             if isinstance(request, ScoreRequest):
                 self._score(request, hidden_1TD[0])
@@ -139,8 +140,10 @@ class Scheduler:
                 return request
         return None
 
-    def _forward(self, requests: Sequence[Request], counts: Sequence[int]) -> Tensor:
-        """Compute the next tokens of some requests, equally many: hidden [B, count, D]."""
+    def _forward(
+        self, requests: Sequence[Request], counts: Sequence[int], last_only: bool = False
+    ) -> Tensor:
+        """Compute the next tokens of some requests, equally many: hidden [B, count or 1, D]."""
         slots = [request.placed for request in requests]
         starts = [len(slot.tokens) for slot in slots]
         chunks = [r.tokens[start : start + n] for r, start, n in zip(requests, starts, counts)]
@@ -151,6 +154,8 @@ class Scheduler:
             torch.tensor(chunks),
             counts,
             [r.tokens[start - 1] if start else -1 for r, start in zip(requests, starts)],
+            prefixes_B=[slot.prefix for slot in slots],
+            last_only=last_only,
         )
         for slot, chunk in zip(slots, chunks):
             slot.tokens += chunk
@@ -195,3 +200,9 @@ class Scheduler:
             if failed:  # its NaNs must not reach the slot's next sequence
                 self.cache.clear(request.slot.index)
         request.done.set()
+
+
+def _place(request: Request) -> tuple[int, int]:
+    """Rows of one prefix lie together, and in the order of their slots."""
+    slot = request.placed
+    return (slot.prefix.number if slot.prefix else 0, slot.index)

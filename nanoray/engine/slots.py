@@ -10,12 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """A beginning that was copied between slots: equal keys and values, so one reading does.
+
+    It names no slot: every slot that carries it holds a copy of its own.
+    """
+
+    number: int
+    length: int
+
+
 @dataclass
 class Slot:
     """One slot. Its cache holds the keys and values of exactly `tokens`."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
+    prefix: Prefix | None = None  # what its tokens begin with
     busy: bool = False
     last_use: int = 0
 
@@ -35,7 +47,7 @@ class Slots:
     def __init__(self, num_slots: int, reuse: bool = True) -> None:
         self.all = [Slot(index) for index in range(num_slots)]
         self.reuse = reuse
-        self._clock = 0
+        self._clock = self._num_prefixes = 0
 
     @property
     def num_busy(self) -> int:
@@ -62,9 +74,21 @@ class Slots:
             target = min(idle, key=lambda slot: (slot.last_use, slot.index))
         else:
             target = source
+        if length == 0:
+            source = target
+        target.prefix = self._prefix(source, target, length)
         target.tokens = list(tokens[:length])
         target.busy = True
-        return Allocation(target, source if length else target, length)
+        return Allocation(target, source, length)
+
+    def _prefix(self, source: Slot, target: Slot, length: int) -> Prefix | None:
+        """The prefix that the target, given `length` tokens of the source, has in common."""
+        prefix = source.prefix
+        if source is not target and (prefix is None or 2 * prefix.length < length):
+            # Those who share less with the source keep that in common among themselves.
+            self._num_prefixes += 1
+            prefix = source.prefix = Prefix(self._num_prefixes, length)
+        return prefix if prefix is not None and 0 < prefix.length <= length else None
 
     def release(self, slot: Slot, keep: bool = True) -> None:
         """Make a slot idle; its tokens stay for others to start from unless keep is False."""
@@ -72,12 +96,12 @@ class Slots:
         self._clock += 1
         slot.busy, slot.last_use = False, self._clock
         if not keep:
-            slot.tokens, slot.last_use = [], 0
+            slot.tokens, slot.prefix, slot.last_use = [], None, 0
 
     def forget(self) -> None:
         """The cached keys and values of all slots are void: the weights have changed."""
         for slot in self.all:
-            slot.tokens = []
+            slot.tokens, slot.prefix = [], None
             if not slot.busy:
                 slot.last_use = 0
 

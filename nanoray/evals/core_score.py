@@ -121,6 +121,7 @@ class CachedScorer:
         """Extend the pieces' slots chunk by chunk and score their spans."""
         scores: list[list[TokenScore]] = [[] for _ in pieces]
         longest = max((piece.num_fed for piece in pieces), default=0)
+        unscored = not any(piece.num_scored for piece in pieces)
         for offset in range(0, longest, _CHUNK):
             active = [i for i, piece in enumerate(pieces) if piece.num_fed > offset]
             chunks = [
@@ -133,6 +134,7 @@ class CachedScorer:
                 padded(chunks, 0),
                 [len(chunk) for chunk in chunks],
                 [pieces[i].tokens[offset - 1] if offset else pieces[i].previous for i in active],
+                last_only=unscored,
             )
             # Of every token that is scored: the row and position that predict it, and its piece.
             scored = [

@@ -90,10 +90,10 @@ class ActorPool(Generic[Item, Result]):
                 try:
                     result = ray.get(ref)
                 except ray.exceptions.RayTaskError as error:
-                    raise _unwrapped(error) from error
+                    raise users_error(error) from error
                 except ray.exceptions.RayActorError as error:
                     waiting.appendleft(index)
-                    free.append(self._replace(actor, _reason(error)))
+                    free.append(self._replace(actor, loss_reason(error)))
                     continue
                 free.append(actor)
                 yield index, result
@@ -120,12 +120,13 @@ class ActorPool(Generic[Item, Result]):
             ray.kill(actor)
 
 
-def _reason(error: ray.exceptions.RayActorError) -> str:
+def loss_reason(error: ray.exceptions.RayActorError) -> str:
+    """Why an actor was lost, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
-def _unwrapped(error: ray.exceptions.RayTaskError) -> Exception:
+def users_error(error: ray.exceptions.RayTaskError) -> Exception:
     """A user's mistake as the actor told it; anything else with the actor's traceback."""
     cause: Any = error.cause
     if isinstance(cause, NanorayError):

@@ -67,6 +67,8 @@ _TASKS: dict[str, Callable[[Split, Sources], Task]] = {
     "identity": lambda split, _sources: Identity(split),
 }
 TASK_NAMES = tuple(_TASKS)
+SPELLING = frozenset({"spelling-bee", "simple-spelling"})
+"""Those that need a list of words."""
 
 
 def load_task(name: str, split: Split, sources: Sources) -> Task:

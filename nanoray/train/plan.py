@@ -21,15 +21,15 @@ from nanoray.data.shards import (
 from nanoray.errors import NanorayError
 from nanoray.model.config import GPTConfig
 from nanoray.tokenizer import Tokenizer, load_tokenizer
-from nanoray.train.run_plan import RunPlan
+from nanoray.train.run_plan import StreamRunPlan
 
 
 @dataclass(frozen=True)
-class PretrainPlan(RunPlan):
-    """A `RunPlan` whose stream is a corpus."""
+class PretrainPlan(StreamRunPlan):
+    """A `StreamRunPlan` whose stream is a corpus."""
 
     stage: ClassVar[str] = "pretrain"
-    FIXED: ClassVar[dict[str, str]] = {**RunPlan.FIXED, "corpus_fingerprint": "corpus"}
+    FIXED: ClassVar[dict[str, str]] = {**StreamRunPlan.FIXED, "corpus_fingerprint": "corpus"}
     FOLLOWS_FLAGS: ClassVar[frozenset[str]] = frozenset({"corpus_fingerprint"})
 
     corpus_dir: str

@@ -7,12 +7,12 @@ from nanoray.evals.sample import naive_generate, sample_report
 from nanoray.optim.groups import ParamGroup, build_groups
 from nanoray.optim.schedule import Schedule
 from nanoray.train.plan import PretrainPlan
+from nanoray.train.stream_worker import StreamWorker
 from nanoray.train.validation import HeldOut
-from nanoray.train.worker import TrainWorker
 
 
-class PretrainWorker(TrainWorker):
-    """See `TrainWorker`."""
+class PretrainWorker(StreamWorker):
+    """See `StreamWorker`."""
 
     plan: PretrainPlan
 
@@ -41,6 +41,10 @@ class PretrainWorker(TrainWorker):
             final_lr_frac=self.config["final_lr_frac"],
             recipe=self.config["recipe"],
         )
+
+    def _whence(self, batch_hash: int) -> str:
+        look = "look at these documents with `python -m jobs.data inspect`"
+        return f"{super()._whence(batch_hash)} ({look})"
 
     def _held_out(self) -> HeldOut:
         rows = validation_rows(

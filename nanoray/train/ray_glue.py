@@ -11,7 +11,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import ray
 import ray.train
@@ -30,18 +31,21 @@ from nanoray.metrics import Sink, wandb_sink
 from nanoray.model.precision import pick_device
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.resume import choose_start
-from nanoray.train.run_plan import RunPlan
+from nanoray.train.run_plan import RunPlan, StreamRunPlan
 from nanoray.train.stages import run_worker
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
+Plan = TypeVar("Plan", bound=RunPlan)
 DATA_CPUS = 1  # at least, for tasks that tokenize and pack
 
 Watcher = Callable[[dict[str, Any]], None]
+# What a worker runs: (plan, world, hooks, step of the checkpoint to go on from) -> summary.
+Run = Callable[[Any, World, Hooks, int], dict[str, Any]]
 
 
 def needs(plan: RunPlan) -> fleet.Needs:
-    """What a run needs of a cluster: estimates, on the high side."""
+    """What a run's workers need of a cluster: estimates, on the high side."""
     low, _high = parse_worker_range(plan.config["num_workers"])
     model = plan.model_config
     gpus = float(plan.config["gpus_per_worker"] or 0)
@@ -50,22 +54,24 @@ def needs(plan: RunPlan) -> fleet.Needs:
     else:
         # Weights, gradients and two moments in fp32 with a half for what is in flight, and
         # about 40 activations of the model's width a layer and token in bf16.
-        rows = plan.micro_rows(low)
-        activations = rows * plan.sequence_len * model.n_embd * model.n_layer * 80
+        activations = plan.micro_tokens() * model.n_embd * model.n_layer * 80
         memory = plan.num_parameters * 4 * 4.5 + activations
     paths = (plan.run_dir, *plan.inputs())
+    data_cpus, object_store = 0, 64 * 2**20
+    if isinstance(plan, StreamRunPlan):
+        data_cpus, object_store = DATA_CPUS, max(object_store, 8 * plan.unit_bytes())
     return fleet.Needs(
         num_workers=low,
         cpus_per_worker=float(plan.config["cpus_per_worker"]),
         gpus_per_worker=gpus,
-        data_cpus=DATA_CPUS,
+        data_cpus=data_cpus,
         memory_bytes_per_worker=int(memory),
-        object_store_bytes=max(64 * 2**20, 8 * plan.unit_bytes()),
+        object_store_bytes=object_store,
         paths=tuple(path for path in paths if storage.is_local(path)),
     )
 
 
-def with_gpus(plan: RunPlan, resources: dict[str, float]) -> RunPlan:
+def with_gpus(plan: Plan, resources: dict[str, float]) -> Plan:
     """The plan with ``gpus_per_worker`` resolved: 1 where there are any GPUs."""
     if plan.config["gpus_per_worker"] is not None:
         return plan
@@ -73,13 +79,14 @@ def with_gpus(plan: RunPlan, resources: dict[str, float]) -> RunPlan:
     return plan.with_config(gpus_per_worker=gpus)
 
 
-def fit(plan: RunPlan, lease: Lease, watch: Watcher) -> dict[str, Any]:
+def fit(plan: RunPlan, lease: Lease, watch: Watcher, run: Run | None = None) -> dict[str, Any]:
     """Run a plan on the connected cluster until it is finished, stopped or beyond help.
 
     SIGTERM and SIGINT make the workers finish their step, save, and end.
 
     Args:
         watch: gets every record that the first worker posts, in order.
+        run: what each worker runs; None: the stage of the plan, fed by Ray Data.
 
     Returns:
         The run's summary.
@@ -89,16 +96,16 @@ def fit(plan: RunPlan, lease: Lease, watch: Watcher) -> dict[str, Any]:
             more often than ``max_failures`` allows.
     """
     board = fleet.start_board(f"nanoray-board-{plan.run}-{lease.token[:8]}")
-    trainer = _trainer(plan, lease, board)
+    trainer = _trainer(plan, lease, board, run)
     outcome: dict[str, Any] = {}
 
-    def run() -> None:
+    def fit_in_thread() -> None:
         try:
             outcome["result"] = trainer.fit()
         except BaseException as error:  # handed to the main thread below
             outcome["error"] = error
 
-    thread = threading.Thread(target=run, name="fit", daemon=True)
+    thread = threading.Thread(target=fit_in_thread, name="fit", daemon=True)
     verdict: dict[str, Any] = {}
     with _stop_signals(board):
         thread.start()
@@ -158,7 +165,7 @@ def _stop_signals(board: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _trainer(plan: RunPlan, lease: Lease, board: Any) -> TorchTrainer:
+def _trainer(plan: RunPlan, lease: Lease, board: Any, run: Run | None) -> TorchTrainer:
     low, high = parse_worker_range(plan.config["num_workers"])
     gpus = float(plan.config["gpus_per_worker"] or 0)
     if not gpus:  # workers that take every CPU would starve the tasks that feed them
@@ -166,23 +173,15 @@ def _trainer(plan: RunPlan, lease: Lease, board: Any) -> TorchTrainer:
         high = max(low, min(high, int(free // plan.config["cpus_per_worker"])))
     resources = {"CPU": float(plan.config["cpus_per_worker"])} | ({"GPU": gpus} if gpus else {})
     local = not fleet.on_cluster()
-
-    def dataset() -> ray.data.Dataset:
-        # Called in Ray Train's controller at every start, before the workers train.
-        try:
-            start = choose_start(plan, lambda message: board.post.remote({"warning": message}))
-            stream = plan.stream(load_tokenizer(plan.tokenizer_dir))
-        except NanorayError as error:  # no restart mends it
-            ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
-            raise
-        ray.get(board.start_from.remote(start.step), timeout=30)
-        concurrency = 2 if local else None  # on one machine packing takes cores from training
-        return training_dataset(stream, start.slab, plan.tokenizer_dir, concurrency)
-
+    plan = replace(plan)  # as new, without what it has worked out on the way
+    datasets: dict[str, Any] = {}
+    if run is None:
+        assert isinstance(plan, StreamRunPlan)
+        # On one machine packing takes cores from training.
+        datasets["train"] = partial(_dataset, plan, board, 2 if local else None)
     return TorchTrainer(
         _train_loop,
-        # A plan as new, without what it has worked out on the way.
-        train_loop_config={"plan": replace(plan), "token": lease.token, "board": board},
+        train_loop_config={"plan": plan, "token": lease.token, "board": board, "run": run},
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
             use_gpu=gpus > 0,
@@ -199,12 +198,25 @@ def _trainer(plan: RunPlan, lease: Lease, board: Any) -> TorchTrainer:
             ),
             worker_runtime_env=None if local else {"env_vars": fleet.worker_environment()},
         ),
-        datasets={"train": dataset},
+        datasets=datasets,
         # These take the place of the dataset's own options: order must be asked for here, too.
         dataset_config=DataConfig(
-            datasets_to_split=["train"], execution_options=ExecutionOptions(preserve_order=True)
+            datasets_to_split=list(datasets),
+            execution_options=ExecutionOptions(preserve_order=True),
         ),
     )
+
+
+def _dataset(plan: StreamRunPlan, board: Any, concurrency: int | None) -> ray.data.Dataset:
+    """Called in Ray Train's controller at every start, before the workers train."""
+    try:
+        start = choose_start(plan, lambda message: board.post.remote({"warning": message}))
+        stream = plan.stream(load_tokenizer(plan.tokenizer_dir))
+    except NanorayError as error:  # no restart mends it
+        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
+        raise
+    ray.get(board.start_from.remote(start.step), timeout=30)
+    return training_dataset(stream, start.slab, plan.tokenizer_dir, concurrency)
 
 
 def _ray_storage(plan: RunPlan) -> str:
@@ -223,15 +235,10 @@ def _train_loop(config: dict[str, Any]) -> None:
     if world.device.type == "cpu":
         # Ray sets OMP_NUM_THREADS to the reserved CPUs (1); the cores are ours to share.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-
-    def open_blocks(stream: Stream, _tokenizer: Tokenizer, cursor: Cursor) -> Iterator[Block]:
-        shard = ray.train.get_dataset_shard("train")
-        return worker_blocks(shard, stream, cursor, world.rank, world.size)
-
     stop_watch = fleet.StopWatch(board) if world.is_first else None
     post = lambda record: board.post.remote(dict(record))  # noqa: E731
     # The first worker asks, for all: they go on from one checkpoint.
-    asked: int = ray.get(board.start_step.remote(), timeout=30) if world.is_first else 0
+    asked = _start_step(plan, board, config["run"]) if world.is_first else 0
     start_step = world.gather(asked)[0]
     processes = world.gather(f"{socket.gethostname()}:{os.getpid()}")
     if world.is_first:
@@ -245,7 +252,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         attempt=processes[0].rsplit(":", 1)[-1],
     )
     try:
-        summary = run_worker(plan, world, open_blocks, hooks, start_step)
+        summary = (config["run"] or _run_stream)(plan, world, hooks, start_step)
         if world.is_first:
             ray.get(board.conclude.remote(summary), timeout=30)
     except NanorayError as error:
@@ -255,6 +262,28 @@ def _train_loop(config: dict[str, Any]) -> None:
     finally:
         if stop_watch:
             stop_watch.close()
+
+
+def _start_step(plan: RunPlan, board: Any, run: Run | None) -> int:
+    """Of the checkpoint to go on from: the one that the dataset begins after, if there is one."""
+    if run is None:
+        asked: int = ray.get(board.start_step.remote(), timeout=30)
+        return asked
+    try:
+        return choose_start(plan, lambda message: board.post.remote({"warning": message})).step
+    except NanorayError as error:
+        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
+        raise
+
+
+def _run_stream(plan: RunPlan, world: World, hooks: Hooks, start_step: int) -> dict[str, Any]:
+    assert isinstance(plan, StreamRunPlan)
+
+    def open_blocks(stream: Stream, _tokenizer: Tokenizer, cursor: Cursor) -> Iterator[Block]:
+        shard = ray.train.get_dataset_shard("train")
+        return worker_blocks(shard, stream, cursor, world.rank, world.size)
+
+    return run_worker(plan, world, open_blocks, hooks, start_step)
 
 
 def _sinks(plan: RunPlan) -> list[Sink]:

@@ -8,6 +8,7 @@ import json
 import resource
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ MAY_CHANGE = {
     "config", "dry_run", "device_batch_size", "eval_every", "eval_tokens", "sample_every",
     "save_every", "keep_checkpoints", "log_every", "num_workers", "cpus_per_worker",
     "gpus_per_worker", "max_failures", "compile_mode", "wandb", "dashboard", "spike_factor",
+    "chatcore_every", "chatcore_tasks", "chatcore_max_cat", "chatcore_max_sample",
+    "chatcore_max_tokens",
 }  # fmt: skip
 # And these, one way: what an error message offers as a mend. Where nothing is bad, both compute
 # the same; back again, a run would fail at what it has skipped.
@@ -36,17 +39,12 @@ def check_resume(plan: RunPlan) -> bool:
     Raises:
         NanorayError: the run exists and would compute something else now (shows what).
     """
-    try:
-        old = _read_config(plan)
+    with _readable(plan.run_dir):
+        old = begun_with(plan.run_dir)
         if old is None:
             return False  # nothing that could be taken up
         lines = difference(old, plan)
         status = _read_summary(plan).get("status")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise NanorayError(
-            f"{plan.run_dir} holds an unreadable config.json, summary.json or checkpoint "
-            f"({error}); take another --run, or remove that folder"
-        ) from error
     if lines:
         raise NanorayError(
             f"run {plan.run} exists with another configuration; take another --run, or give the "
@@ -55,24 +53,40 @@ def check_resume(plan: RunPlan) -> bool:
     return bool(status == "finished")
 
 
-def _read_config(plan: RunPlan) -> dict[str, Any] | None:
-    """The plan that the run was begun with; None where no checkpoint could be taken up.
+def begun_with(run_dir: str) -> dict[str, Any] | None:
+    """The plan that a run was begun with; None where no checkpoint could be taken up.
 
     Where ``config.json`` is missing, that of the newest checkpoint whose ``meta.json`` is whole.
+
+    Raises:
+        NanorayError: what there is cannot be read.
     """
-    steps = list_steps(plan.checkpoints_dir)
-    uri = storage.join(plan.run_dir, "config.json")
-    if steps and storage.exists(uri):
-        config: dict[str, Any] = json.loads(storage.read_bytes(uri))
-        return config
-    for step in reversed(steps):
-        try:
-            with Checkpoint(plan.checkpoints_dir, step) as checkpoint:
-                saved: dict[str, Any] = checkpoint.meta["plan"]
-                return saved
-        except DamagedCheckpointError:
-            continue  # the one before it is what will be taken up
+    root = storage.join(run_dir, "checkpoints")
+    steps = list_steps(root)
+    uri = storage.join(run_dir, "config.json")
+    with _readable(run_dir):
+        if steps and storage.exists(uri):
+            config: dict[str, Any] = json.loads(storage.read_bytes(uri))
+            return config
+        for step in reversed(steps):
+            try:
+                with Checkpoint(root, step) as checkpoint:
+                    saved: dict[str, Any] = checkpoint.meta["plan"]
+                    return saved
+            except DamagedCheckpointError:
+                continue  # the one before it is what will be taken up
     return None
+
+
+@contextlib.contextmanager
+def _readable(run_dir: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, AttributeError) as error:
+        raise NanorayError(
+            f"{run_dir} holds an unreadable config.json, summary.json or checkpoint "
+            f"({error}); take another --run, or remove that folder"
+        ) from error
 
 
 def _read_summary(plan: RunPlan) -> dict[str, Any]:
@@ -146,7 +160,6 @@ def summary(
     own_metrics: dict[str, Any],
 ) -> dict[str, Any]:
     """The figures of a run as they stand; None where there are none yet."""
-    tokens = progress.step * plan.total_batch_size
     if device.type == "cuda":
         peak_memory_bytes = torch.cuda.max_memory_allocated()
     else:
@@ -158,10 +171,10 @@ def summary(
         "step": progress.step,
         "num_iterations": plan.num_iterations,
         "params": plan.num_parameters,
-        "tokens": tokens,
-        "flops": tokens * plan.flops_per_token,
+        "tokens": progress.tokens,
+        "flops": progress.tokens * plan.flops_per_token,
         "train_s": progress.train_s,
-        "tokens_per_s": tokens / progress.train_s if progress.train_s else 0.0,
+        "tokens_per_s": progress.tokens / progress.train_s if progress.train_s else 0.0,
         "mfu": mfu,
         "peak_memory_bytes": peak_memory_bytes,
         "loss": progress.loss,

@@ -36,5 +36,7 @@ def choose_start(plan: RunPlan, warn: Callable[[str], None]) -> StartPoint:
     if checkpoint is None:
         return StartPoint(0, Cursor())
     with checkpoint:
-        cursor = checkpoint.meta["cursor"]
+        cursor = checkpoint.meta.get(
+            "cursor", {"unit": 0, "row": 0}
+        )  # of a stream, if there is one
         return StartPoint(checkpoint.step, Cursor(cursor["unit"], cursor["row"]))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
 from nanoray import storage
+from nanoray.config import parse_worker_range
 from nanoray.data.blocks import Stream
 from nanoray.data.plan import Layout, layout
 from nanoray.model.config import GPTConfig
@@ -23,7 +24,6 @@ class RunPlan:
         model: the values of a `GPTConfig`.
         weight_decay: Muon's, scaled.
         num_iterations: the horizon in steps.
-        total_batch_size: tokens of a step, over all workers.
     """
 
     stage: ClassVar[str]
@@ -44,7 +44,6 @@ class RunPlan:
     tokenizer_dir: str
     tokenizer_fingerprint: str
     num_iterations: int
-    total_batch_size: int
     weight_decay: float
     flops_per_token: int
     num_parameters: int
@@ -65,6 +64,36 @@ class RunPlan:
         return GPTConfig.from_dict(self.model)
 
     @property
+    def checkpoints_dir(self) -> str:
+        return storage.join(self.run_dir, "checkpoints")
+
+    def prepare(self) -> None:
+        """Write what workers read of the plan; the run's lease is held."""
+
+    def describe(self) -> list[str]:
+        """The plan for a person, a line each."""
+        raise NotImplementedError
+
+    def inputs(self) -> tuple[str, ...]:
+        """Paths and URIs that are read on all nodes."""
+        raise NotImplementedError
+
+    def micro_tokens(self) -> int:
+        """Tokens of a micro-batch, at most: what activations grow with."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StreamRunPlan(RunPlan):
+    """A `RunPlan` whose steps are rows of a stream.
+
+    Attributes:
+        total_batch_size: tokens of a step, over all workers.
+    """
+
+    total_batch_size: int
+
+    @property
     def sequence_len(self) -> int:
         """T, the tokens of a row."""
         return int(self.config["max_seq_len"])
@@ -73,30 +102,19 @@ class RunPlan:
     def layout(self) -> Layout:
         return layout(self.total_batch_size // self.sequence_len, self.sequence_len)
 
-    @property
-    def checkpoints_dir(self) -> str:
-        return storage.join(self.run_dir, "checkpoints")
-
     def micro_rows(self, world_size: int) -> int:
         """Rows of a micro-batch: the device's, or a worker's whole share where that is less."""
         share = -(-self.layout.stripes // world_size) * self.layout.stripe_rows
         return min(int(self.config["device_batch_size"]), share)
 
-    def prepare(self) -> None:
-        """Write what workers read of the plan; the run's lease is held."""
+    def micro_tokens(self) -> int:
+        low, _high = parse_worker_range(self.config["num_workers"])
+        return self.micro_rows(low) * self.sequence_len
 
     def stream(self, tokenizer: Tokenizer) -> Stream:
         """What is trained on."""
         raise NotImplementedError
 
-    def describe(self) -> list[str]:
-        """The plan for a person, a line each."""
-        raise NotImplementedError
-
     def unit_bytes(self) -> int:
         """Bytes that one packing task reads, at most."""
-        raise NotImplementedError
-
-    def inputs(self) -> tuple[str, ...]:
-        """Paths and URIs that are read, wherever workers and packing tasks run."""
         raise NotImplementedError

@@ -5,32 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from nanoray.checkpoint import Checkpoint
-from nanoray.checkpoint.folder import step_of
 from nanoray.data.blocks import StepRows
 from nanoray.data.conversations import held_out_rows
-from nanoray.engine import Engine, SamplingParams
-from nanoray.evals.sample import chat_report
-from nanoray.metrics import Record
 from nanoray.optim.groups import REFERENCE_BATCH_TOKENS, ParamGroup, build_groups
 from nanoray.optim.schedule import Schedule
-from nanoray.tools.calculator import calculate
+from nanoray.train.chat_evals import ask_together, chat_samples
 from nanoray.train.sft_plan import SftPlan
+from nanoray.train.stream_worker import StreamWorker
 from nanoray.train.validation import HeldOut
-from nanoray.train.worker import TrainWorker
-
-_SAMPLE_TOKENS = 128
 
 
-class SftWorker(TrainWorker):
-    """See `TrainWorker`."""
+class SftWorker(StreamWorker):
+    """See `StreamWorker`."""
 
     plan: SftPlan
 
     def _begin(self) -> None:
-        root, name = self.plan.base.rsplit("/", 1)
-        step = step_of(name)
-        assert step is not None
-        with Checkpoint(root, step) as base:
+        with Checkpoint.at(self.plan.base) as base:
             self.model.load_state_dict(base.model_state())
             if self.config["load_optimizer"]:
                 self.optimizer.load_state(base.optimizer_rows)
@@ -79,34 +70,20 @@ class SftWorker(TrainWorker):
         (num_targets,) = self.world.sum_ints([rows.num_targets])
         return num_targets
 
-    def _evaluate(self, last: bool) -> Record:
-        """ChatCORE: the workers share the questions."""
+    def _evaluate(self, last: bool) -> dict[str, Any]:
+        """Bits per byte, and ChatCORE, for which the workers share the questions."""
+        record = super()._evaluate(last)
         suite, every = self.plan.chat_suite, self.config["chatcore_every"]
         if suite is None or not (last or (every and self.progress.step % every == 0)):
-            return {}
-        self.model.eval()
-        ask = suite.asker(self.model, self.tokenizer)
-        items = suite.items()
-        mine = {
-            number: ask(items[number])
-            for number in range(self.world.rank, len(items), self.world.size)
-        }
-        self.model.train()
-        answers = {number: a for part in self.world.gather(mine) for number, a in part.items()}
-        metrics = suite.report([answers[number] for number in range(len(items))]).metrics
-        self.progress.evals = dict(metrics)
+            return record
+        metrics = ask_together(suite, self.model, self.tokenizer, self.world)
+        self.progress.evals = metrics
         if self.log:
             self.log.log({"step": self.progress.step, **metrics})
-        return {"chatcore": metrics["chatcore"]}
+        return record | {"chatcore": metrics["chatcore"]}
 
     def _sample_text(self) -> str:
-        engine = Engine(self.model, self.tokenizer, num_slots=8, tool=calculate)
-        params = SamplingParams(temperature=0.0, max_tokens=_SAMPLE_TOKENS)
-
-        def answer(prompts: list[list[int]]) -> list[str]:
-            return [done.text for done in engine.generate(prompts, params)]
-
-        return chat_report(answer, self.tokenizer, step=self.progress.step)
+        return chat_samples(self.model, self.tokenizer, self.progress.step)
 
     def _own_metrics(self) -> dict[str, Any]:
         plan = self.plan

@@ -10,32 +10,35 @@ from typing import Any, ClassVar
 import numpy as np
 
 from nanoray import storage
-from nanoray.checkpoint import Checkpoint, find_checkpoint
+from nanoray.checkpoint import Checkpoint, find_checkpoint, list_steps
+from nanoray.checkpoint.folder import step_of
 from nanoray.config import SftConfig, parse_worker_range
 from nanoray.data.conversations import ConversationStream, lengths_file, load_lengths, measure, pack
 from nanoray.data.plan import layout
-from nanoray.data.words import word_list
+from nanoray.data.words import words_of_run
 from nanoray.errors import NanorayError
 from nanoray.evals.chat_suite import ChatSuite
 from nanoray.model.config import GPTConfig
-from nanoray.tasks.catalog import Sources
+from nanoray.tasks.catalog import SPELLING, Sources
 from nanoray.tasks.mixture import MixtureSource, is_file, parse_mixture
 from nanoray.tokenizer import Tokenizer, load_tokenizer
-from nanoray.train.run_plan import RunPlan
+from nanoray.train.record import begun_with
+from nanoray.train.run_plan import StreamRunPlan
 
 _INHERITED = (
     "max_seq_len", "device_batch_size", "total_batch_size",
     "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr",
 )  # fmt: skip
-_SPELLING = {"spelling-bee", "simple-spelling"}
 
 
 @dataclass(frozen=True)
-class SftPlan(RunPlan):
-    """A `RunPlan` whose stream is a mixture of conversations.
+class SftPlan(StreamRunPlan):
+    """A `StreamRunPlan` whose stream is a mixture of conversations.
 
     Attributes:
         base: the folder of the checkpoint that training begins with.
+        inherited: its values of `_INHERITED`.
+        corpus_dir: what its model was pretrained on.
         sources: the values of a `Sources`.
         validation: mixture that is held out; empty where there is none.
         num_conversations, num_rows: of one pass, as they are packed.
@@ -45,13 +48,15 @@ class SftPlan(RunPlan):
 
     stage: ClassVar[str] = "sft"
     FIXED: ClassVar[dict[str, str]] = {
-        **RunPlan.FIXED,
+        **StreamRunPlan.FIXED,
         "base": "base model",
         "mixture_fingerprint": "mixture",
     }
     FOLLOWS_FLAGS: ClassVar[frozenset[str]] = frozenset({"mixture_fingerprint", "base"})
 
     base: str
+    inherited: dict[str, Any]
+    corpus_dir: str
     sources: dict[str, Any]
     validation: str
     mixture_fingerprint: str
@@ -91,15 +96,19 @@ class SftPlan(RunPlan):
         # Named by its content: a start that is refused in the end has changed nothing.
         return storage.join(self.run_dir, f"mixture-{self.mixture_fingerprint}.npy")
 
+    # Of these two the driver knows the values; workers read what it has written.
     @cached_property
     def lengths(self) -> np.ndarray:
-        """See `Measured.lengths`; the driver has them, workers read what it has written."""
+        """See `Measured.lengths`."""
         return load_lengths(storage.read_bytes(self._lengths_uri))
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's; a copy, as the base run may delete its checkpoint."""
+        return load_tokenizer(self.tokenizer_dir)
+
     def prepare(self) -> None:
-        # The base run may delete its checkpoint, and that tokenizer with it.
-        base = load_tokenizer(self.base)
-        base.save(self.tokenizer_dir)
+        self.tokenizer.save(self.tokenizer_dir)
         storage.write_bytes(self._lengths_uri, lengths_file(self.lengths))
 
     def stream(self, tokenizer: Tokenizer) -> ConversationStream:
@@ -118,7 +127,9 @@ class SftPlan(RunPlan):
     def inputs(self) -> tuple[str, ...]:
         files = [p.name for p in parse_mixture(self.config["mixture"]) if is_file(p.name)]
         folders = [value for value in self.sources.values() if value]
-        return (self.base, *files, *folders)
+        # Once there are checkpoints of its own, a run does not read the base's.
+        base = () if list_steps(self.checkpoints_dir) else (self.base,)
+        return (*base, *files, *folders)
 
     def describe(self) -> list[str]:
         model, config = self.model_config, self.config
@@ -152,21 +163,13 @@ def make_sft_plan(
         NanorayError: no such base model, data that is not there or breaks the form, a batch
             that does not divide.
     """
-    assert config.from_run
-    root, step = find_checkpoint(config.from_run, config.from_step)
-    with Checkpoint(root, step) as checkpoint:
-        meta, folder = checkpoint.meta, checkpoint.folder
-    tokenizer = load_tokenizer(folder)
-    base: dict[str, Any] = meta["plan"]
-    model = GPTConfig.from_dict(meta["model_config"])
-    base_name = root.rsplit("/", 2)[1]
-    run = storage.check_name(config.run or f"{base_name}-sft", "run")
-    if storage.run_dir(run) == root.rsplit("/", 1)[0]:
-        raise NanorayError(f"--run {run} is the base run itself; give the new run another name")
+    run = _run_name(config)
+    base = _find_base(config, storage.run_dir(run))
+    model, tokenizer = base.model, base.tokenizer
     resolved = config.model_dump(mode="json") | {"run": run, "recipe": model.recipe}
     for name in _INHERITED:
         if resolved[name] is None:
-            resolved[name] = _inherited(base, name)
+            resolved[name] = base.inherited[name]
     for name in ("mixture", "train_on", "init_lr_frac", "warmdown_ratio"):
         resolved[name] = config.recipe_value(name, model.recipe)
     T, batch_tokens = resolved["max_seq_len"], resolved["total_batch_size"]
@@ -186,8 +189,8 @@ def make_sft_plan(
              for part in parse_mixture(text)}  # fmt: skip
     names |= {name.strip() for name in config.chatcore_tasks.split(",")}
     words = config.words
-    if not words and names & _SPELLING:
-        words = _default_words(base)
+    if not words and names & SPELLING:
+        words = words_of_run(base.plan)
     sources = Sources(config.data_dir, words)
 
     mixture = MixtureSource(resolved["mixture"], "train", sources)
@@ -199,14 +202,16 @@ def make_sft_plan(
         run=run,
         run_dir=storage.run_dir(run),
         model=model.to_dict(),
-        tokenizer_dir=storage.join(storage.run_dir(run), "tokenizer"),
+        tokenizer_dir=_tokenizer_dir(storage.run_dir(run)),
         tokenizer_fingerprint=tokenizer.fingerprint,
         num_iterations=config.num_iterations or -(-len(rows) // rows_per_step),
         total_batch_size=batch_tokens,
         weight_decay=0.0,
         flops_per_token=model.flops_per_token(),
         num_parameters=model.num_parameters_by_group()["total"],
-        base=folder,
+        base=base.folder,
+        inherited=base.inherited,
+        corpus_dir=base.plan["corpus_dir"],
         sources={"data_dir": sources.data_dir, "words": sources.words},
         validation=validation,
         mixture_fingerprint=measured.fingerprint,
@@ -216,17 +221,83 @@ def make_sft_plan(
         left_out=measured.left_out,
         padding=1 - int(measured.lengths.sum()) / (len(rows) * (T + 1)),
     )
-    plan.__dict__["lengths"] = measured.lengths  # so that the property need not read its file
-    if plan.held_out:
-        plan.held_out.load()
+    # So that these properties need not read what is not there yet.
+    plan.__dict__.update(lengths=measured.lengths, tokenizer=tokenizer)
+    if held_out := plan.held_out:  # what is wrong with it must not come out in mid-training
+        count = len(held_out.load())
+        measure(
+            held_out, count, tokenizer, T, plan.config["train_on"], num_tokens=config.eval_tokens
+        )
     if plan.chat_suite:
         plan.chat_suite.items()
     return plan
 
 
-def _inherited(base: dict[str, Any], name: str) -> Any:
-    """A base run's value; its batch is the law's where no flag gave it."""
-    return base[name] if name == "total_batch_size" else base["config"][name]
+def _run_name(config: SftConfig) -> str:
+    """The run's name.
+
+    Raises:
+        NanorayError: it is not usable, or the base run's.
+    """
+    assert config.from_run
+    is_path = "/" in config.from_run
+    base = storage.normalize(config.from_run) if is_path else storage.run_dir(config.from_run)
+    if step_of(base.rsplit("/", 1)[1]) is not None:
+        base = base.rsplit("/", 2)[0]
+    run = storage.check_name(config.run or f"{base.rsplit('/', 1)[1]}-sft", "run")
+    if storage.run_dir(run) == base:
+        raise NanorayError(f"--run {run} is the base run itself; give the new run another name")
+    return run
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The model that a run begins with.
+
+    Attributes:
+        folder: of the checkpoint.
+        plan: values of a plan that knows the words and the corpus.
+        inherited: see `SftPlan`.
+    """
+
+    folder: str
+    model: GPTConfig
+    tokenizer: Tokenizer
+    plan: dict[str, Any]
+    inherited: dict[str, Any]
+
+
+def _find_base(config: SftConfig, run_dir: str) -> _Base:
+    """The base model; where the run goes on, as it was: it may be trained on since, or be gone.
+
+    Raises:
+        NanorayError: there is no such base model, or it cannot be read.
+    """
+    assert config.from_run
+    begun = begun_with(run_dir)
+    asked = {"from_run": config.from_run, "from_step": config.from_step}
+    if begun and "inherited" in begun and asked.items() <= begun["config"].items():
+        model = GPTConfig.from_dict(begun["model"])
+        tokenizer = load_tokenizer(_tokenizer_dir(run_dir))
+        return _Base(begun["base"], model, tokenizer, begun, begun["inherited"])
+    root, step = find_checkpoint(config.from_run, config.from_step)
+    with Checkpoint(root, step) as checkpoint:
+        meta, folder = checkpoint.meta, checkpoint.folder
+    try:
+        plan: dict[str, Any] = meta["plan"]
+        inherited = {name: plan["config"][name] for name in _INHERITED}
+        inherited["total_batch_size"] = plan["total_batch_size"]  # the law's, without a flag
+        model = GPTConfig.from_dict(meta["model_config"])
+    except KeyError as error:
+        raise NanorayError(
+            f"{folder}/meta.json does not tell how the model was trained (it has no {error}); take "
+            f"a checkpoint of jobs.pretrain or jobs.sft"
+        ) from error
+    return _Base(folder, model, load_tokenizer(folder), plan, inherited)
+
+
+def _tokenizer_dir(run_dir: str) -> str:
+    return storage.join(run_dir, "tokenizer")
 
 
 def _validation(config: SftConfig, mixture: str) -> str:
@@ -235,10 +306,3 @@ def _validation(config: SftConfig, mixture: str) -> str:
         return ", ".join(map(str, parse_mixture(config.validation))) if config.validation else ""
     names = dict.fromkeys(part.name for part in parse_mixture(mixture) if not is_file(part.name))
     return ", ".join(names)
-
-
-def _default_words(base: dict[str, Any]) -> str:
-    """The list that the base run was trained with, or its corpus's frequent words."""
-    if words := base.get("sources", {}).get("words"):
-        return str(words)
-    return word_list(base["corpus_dir"])

@@ -36,11 +36,11 @@ class LossWatch:
     """Stops a run whose loss is NaN, infinite, or far above its running average.
 
     Args:
-        spike_factor: a loss above this multiple of the average is a spike.
+        spike_factor: a loss above this multiple of the average is a spike; None: none is.
         patience_steps: steps before a spike can be told from the beginning's noise.
     """
 
-    spike_factor: float
+    spike_factor: float | None
     patience_steps: int = 20
     average: float = 0.0
     steps: int = 0
@@ -49,8 +49,8 @@ class LossWatch:
         """Take in the next loss; what is wrong with it, or an empty string."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        limit = self.spike_factor * self.average
-        if self.steps >= self.patience_steps and loss > limit:
+        watched = self.spike_factor is not None and self.steps >= self.patience_steps
+        if watched and loss > (self.spike_factor or 0.0) * self.average:
             return f"the loss jumped to {loss:.3f}, its average being {self.average:.3f}"
         weight = max(0.05, 1 / (self.steps + 1))
         self.average += weight * (loss - self.average)
@@ -63,6 +63,7 @@ class Progress:
     """What a run has done so far; part of its checkpoint."""
 
     step: int = 0  # optimiser steps done
+    tokens: int = 0  # trained on
     train_s: float = 0.0  # time in steps, without evaluation and saving
     min_val_bpb: float | None = None
     val_bpb: float | None = None

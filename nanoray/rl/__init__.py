@@ -1,0 +1,1 @@
+"""Reinforcement learning: a pool of rollout engines, their rewards, and a learner."""

@@ -1,0 +1,286 @@
+"""The rollout pool on Ray: a supervising actor, the actors that sample, and the learner's side.
+
+`start_pool` starts the supervising actor on the driver's node (it needs no CPU, and lives as long as
+the driver); every learner worker talks to it through a `PoolClient`. Nobody shares a collective: a
+version of the weights is one object in the object store, which whoever samples fetches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from nanoray import storage
+from nanoray.errors import NanorayError
+from nanoray.fleet.pool import loss_reason, users_error
+from nanoray.rl.groups import Group
+from nanoray.rl.ledger import LedgerRules
+from nanoray.rl.seat import ActorLostError, Weights, WeightsLostError
+from nanoray.rl.supervisor import PoolSettings, Supervisor, Taken
+
+STATUS_FILE = "rl_status.json"
+SCALE_FILE = "rl_scale.json"
+_LOCAL_PERIOD_S = 1.0
+_REMOTE_PERIOD_S = 10.0  # an object store has seen enough by then
+_FETCH_DEADLINE_S = 120.0
+_MAX_ACTORS = 1000
+
+
+class BundleSampler(Protocol):
+    """What an actor holds, see `sampler.Sampler`."""
+
+    def load_weights(self, buffer: NDArray[np.uint8], version: int) -> None: ...
+
+    def sample(self, numbers: Sequence[int]) -> list[Group]: ...
+
+
+Open = Callable[[], BundleSampler]
+
+
+# Two threads, so that weights come in while a bundle is sampled.
+@ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=2)
+class _RolloutActor:
+    def __init__(self, open_sampler: Open) -> None:
+        self._open = open_sampler
+        self._loading = threading.Lock()
+        self._key = (-1, -1)
+
+    def start(self) -> dict[str, Any]:  # not in __init__, whose errors arrive as a dead actor
+        self._sampler = self._open()
+        return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()[:8]}
+
+    def load(self, key: tuple[int, int], box: list[Any]) -> None:
+        with self._loading:
+            if key > self._key:
+                buffer = ray.get(box[0], timeout=_FETCH_DEADLINE_S)
+                self._sampler.load_weights(buffer, key[1])
+                self._key = key
+
+    def sample(self, numbers: Sequence[int], key: tuple[int, int], box: list[Any]) -> list[Group]:
+        self.load(key, box)
+        return self._sampler.sample(numbers)
+
+
+class _RayRollouts:
+    """`seat.Rollouts`, with Ray's errors told apart."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def ready(self) -> Mapping[str, Any]:
+        who: Mapping[str, Any] = await self._answer(self._handle.start.remote())
+        return who
+
+    async def load(self, weights: Weights) -> None:
+        await self._answer(self._handle.load.remote(weights.key, weights.content))
+
+    async def sample(self, numbers: Sequence[int], weights: Weights) -> list[Group]:
+        ref = self._handle.sample.remote(numbers, weights.key, weights.content)
+        groups: list[Group] = await self._answer(ref)
+        return groups
+
+    def kill(self) -> None:
+        ray.kill(self._handle)
+
+    async def _answer(self, ref: Any) -> Any:
+        try:
+            return await ref
+        except ray.exceptions.RayTaskError as error:
+            cause = users_error(error)
+            if isinstance(cause, NanorayError):
+                raise cause from error
+            if isinstance(error.cause, ray.exceptions.ObjectLostError):
+                raise WeightsLostError from error
+            raise ActorLostError(f"it failed: {error.cause!r}") from error
+        except ray.exceptions.RayActorError as error:
+            raise ActorLostError(loss_reason(error)) from error
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class _PoolActor:
+    """Runs the supervisor in the event loop of an asynchronous Ray actor."""
+
+    def __init__(
+        self,
+        open_box: list[Any],
+        rules: LedgerRules,
+        settings: PoolSettings,
+        resources: Mapping[str, float],
+        name: str,
+        run_dir: str,
+    ) -> None:
+        def launch(number: int) -> _RayRollouts:
+            actor = _RolloutActor.options(name=f"{name}-{number}", **resources)  # type: ignore[attr-defined]
+            return _RayRollouts(actor.remote(open_box[0]))
+
+        self._launch, self._rules, self._settings = launch, rules, settings
+        self._run_dir = run_dir
+
+    async def start(self) -> None:
+        self.supervisor = Supervisor(self._launch, self._rules, self._settings)
+        self._keeper = asyncio.create_task(keep_books(self.supervisor, self._run_dir))
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """A coroutine of the supervisor."""
+        return await getattr(self.supervisor, method)(*args)
+
+    async def status(self) -> dict[str, Any]:
+        return self.supervisor.status()
+
+    async def resize(self, size: int | None) -> None:
+        self.supervisor.resize(size)
+
+    async def close(self) -> None:
+        self._keeper.cancel()
+        await self.supervisor.close()
+        write_status(self.supervisor, self._run_dir)
+
+
+def start_pool(
+    open_sampler: Open,
+    rules: LedgerRules,
+    settings: PoolSettings,
+    *,
+    run_dir: str,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+) -> Any:
+    """Start the pool's supervising actor; the others follow when the learner begins.
+
+    Args:
+        open_sampler: called once in every rollout actor, such as `SamplerSettings.open`.
+        run_dir: where `rl_status.json` is written and `rl_scale.json` looked for.
+        num_cpus, num_gpus: logical resources of a rollout actor.
+
+    Returns:
+        Its handle, for `PoolClient`.
+    """
+    context = ray.get_runtime_context()
+    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+    name = f"nanoray-rollouts-{run_dir.rsplit('/', 1)[-1]}-{context.get_job_id()}"
+    pool = _PoolActor.options(name=name, scheduling_strategy=here).remote(  # type: ignore[attr-defined]
+        [ray.put(open_sampler)],
+        rules,
+        settings,
+        {"num_cpus": num_cpus, "num_gpus": num_gpus},
+        name,
+        run_dir,
+    )
+    ray.get(pool.start.remote(), timeout=_FETCH_DEADLINE_S)
+    return pool
+
+
+def close_pool(pool: Any) -> None:
+    """End all actors of the pool. Never raises: it must not hide why a run ends."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(pool.close.remote(), timeout=10)
+    ray.kill(pool)
+
+
+class PoolClient:
+    """A learner worker's side; `take` is for every worker, the rest for the first one.
+
+    Args:
+        pool: what `start_pool` gave.
+        attempt: names this start of the learner, the same for all its workers.
+    """
+
+    def __init__(self, pool: Any, attempt: str) -> None:
+        self._pool, self._attempt = pool, attempt
+
+    def begin(self, step: int, ledger: Mapping[str, Any] | None) -> None:
+        """Forget what is under way; go on before ``step`` with the ledger of a checkpoint."""
+        self._call("begin", step, ledger)
+
+    def publish(self, version: int, weights: NDArray[np.uint8]) -> None:
+        """Sample with these weights (`flat.pack`) from now on; does not wait for the actors."""
+        # In a list a reference travels as such; the pool alone keeps it.
+        self._call("publish", version, [ray.put(weights)])
+
+    def take(self, step: int) -> Taken:
+        """The groups of a step; waits for them. Raises NanorayError: they cannot be had."""
+        taken: Taken = self._call("take", step)
+        return taken
+
+    def trained(self, step: int) -> None:
+        """The groups of ``step`` are in the weights."""
+        self._call("trained", step)
+
+    def ledger(self) -> Mapping[str, Any]:
+        """What a checkpoint keeps: the state after the last trained step."""
+        state: Mapping[str, Any] = self._call("ledger_state")
+        return state
+
+    def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return ray.get(self._pool.call.remote(method, self._attempt, *args))
+        except ray.exceptions.RayTaskError as error:
+            raise users_error(error) from error
+        except ray.exceptions.RayActorError as error:
+            raise NanorayError(
+                f"the rollout pool is gone ({loss_reason(error)}); run the command again"
+            ) from error
+
+
+async def keep_books(supervisor: Supervisor, run_dir: str) -> None:
+    """Write the status, obey the scale file and the idle times, about once a second, for ever."""
+    period_s = _LOCAL_PERIOD_S if storage.is_local(run_dir) else _REMOTE_PERIOD_S
+    seen = await asyncio.to_thread(_scale_version, run_dir)  # an old command is none
+    while True:
+        try:
+            version = await asyncio.to_thread(_scale_version, run_dir)
+            if version != seen:
+                seen = version
+                supervisor.resize(await asyncio.to_thread(read_scale, run_dir))
+            supervisor.autoscale()
+            await asyncio.to_thread(write_status, supervisor, run_dir)
+        except NanorayError as error:
+            supervisor.tell(str(error))
+        except OSError as error:  # an outage of the storage, which may pass
+            supervisor.tell(f"{run_dir} cannot be reached: {error}")
+        await asyncio.sleep(period_s)
+
+
+def write_status(supervisor: Supervisor, run_dir: str) -> None:
+    text = json.dumps(supervisor.status(), indent=1)
+    storage.write_text(storage.join(run_dir, STATUS_FILE), text + "\n")
+
+
+def write_scale(run_dir: str, actors: int) -> None:
+    """Tell the pool of a running job how many actors it shall have."""
+    storage.write_text(storage.join(run_dir, SCALE_FILE), json.dumps({"actors": actors}))
+
+
+def read_scale(run_dir: str) -> int | None:
+    """The number asked for; null (None) lets the pool scale itself again.
+
+    Raises:
+        NanorayError: the file holds something else.
+    """
+    try:
+        command = json.loads(storage.read_text(storage.join(run_dir, SCALE_FILE)))
+        size = command["actors"]
+    except (ValueError, TypeError, KeyError):
+        size = 0
+    if size is None or (type(size) is int and 1 <= size <= _MAX_ACTORS):
+        return size
+    raise NanorayError(
+        f'{SCALE_FILE} is not obeyed; write {{"actors": N}} into it, N from 1 to {_MAX_ACTORS}'
+    )
+
+
+def _scale_version(run_dir: str) -> str:
+    try:
+        return storage.version(storage.join(run_dir, SCALE_FILE))
+    except FileNotFoundError:
+        return ""

@@ -1,0 +1,438 @@
+"""The rollout pool's mind: who works on what, who is lost, who is one too many. asyncio, no Ray.
+
+One event loop runs everything here, so nothing is locked. Every actor has a task of its own
+(`_serve`) that lives as long as it: start, then bundle after bundle from the ledger. A lost actor
+ends its task, its bundle waits again, and another actor takes its place. Waits have deadlines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from nanoray.errors import NanorayError
+from nanoray.rl.groups import Group
+from nanoray.rl.idle import StateClock, Window, better_size, share, summed
+from nanoray.rl.ledger import Flight, Ledger, LedgerRules, spans
+from nanoray.rl.seat import (
+    ActorLostError,
+    Rollouts,
+    Seat,
+    Weights,
+    WeightsLostError,
+    clock_status,
+)
+
+Answer = TypeVar("Answer")
+
+_logger = logging.getLogger(__name__)
+_MAX_EVENTS = 200
+# A bundle that so many actors were lost over is itself the likeliest cause.
+_MAX_LOSSES_OF_A_BUNDLE = 5
+# Losses in a row, for each wanted actor, that cannot be bad luck any more.
+_MAX_LOSSES_PER_ACTOR = 3
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Sizes and deadlines.
+
+    Attributes:
+        low, high: the range in which the pool scales itself; it begins with `low`.
+        bundle_deadline_s: an actor that takes longer for a bundle is taken for lost.
+        start_deadline_s: likewise for its start.
+        window_s: how long the idle times are watched before the pool is scaled.
+    """
+
+    low: int
+    high: int
+    bundle_deadline_s: float = 600.0
+    start_deadline_s: float = 300.0
+    window_s: float = 20.0
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step trains on.
+
+    Attributes:
+        groups: equally many samples each; the same, in the same order, for every worker.
+        figures: of the pool, for the log.
+    """
+
+    groups: Sequence[Group]
+    figures: Mapping[str, float]
+
+
+class Supervisor:
+    """Owns the actors, the ledger and the groups that wait for the learner.
+
+    A learner's life: `begin`, then for every step `publish` (the weights it starts from), `take`
+    (by each of its workers), and `trained`. An *attempt* names one start of the learner: after the
+    next one's `begin` it is refused. All of it within one running event loop.
+
+    Args:
+        launch: starts the actor of an id; returns at once.
+    """
+
+    def __init__(
+        self, launch: Callable[[int], Rollouts], rules: LedgerRules, settings: PoolSettings
+    ) -> None:
+        assert 1 <= settings.low <= settings.high
+        self._launch, self._rules, self._settings = launch, rules, settings
+        self._attempts: list[str] = []  # each begins a timeline; the last one counts
+        self._ledger = Ledger(rules)
+        self._state: dict[str, Any] = {}  # the ledger's, as the last trained step left it
+        self._weights: Weights | None = None
+        self._groups: dict[int, Group] = {}
+        self._taken: dict[int, Taken] = {}  # step -> its batch; the last one only
+        self._seats: dict[int, Seat] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._next_id = self._losses_in_a_row = self._actors_lost = 0
+        self._target, self._pinned = settings.low, False
+        self._error: Exception | None = None
+        self._news = asyncio.Event()
+        self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self._learner = StateClock("starting", time.monotonic())  # then waiting (take), training
+        self._spent: dict[str, float] = {}  # seconds of the actors that are no more
+        self._tokens = 0
+        self._last_landing_s = time.monotonic()
+        self._fetch_s = 0.0
+        self._reported = self._window = Window(self._totals())
+
+    # What the learner calls.
+
+    async def begin(self, attempt: str, step: int, state: Mapping[str, Any] | None) -> None:
+        """Start, or start again after a loss, with `step` as the next one.
+
+        Args:
+            state: what `ledger_state` gave for that step; None: the run begins.
+        """
+        ledger = Ledger(self._rules, state)
+        assert ledger.step == step, f"the ledger is at step {ledger.step}, the learner at {step}"
+        if state is not None:
+            again = [number for numbers in state["open"] for number in numbers]
+            self.tell(f"going on at step {step}; sampled again: {spans(again) or 'nothing'}")
+        self._attempts.append(attempt)
+        self._ledger, self._state = ledger, ledger.to_dict()
+        self._weights, self._groups, self._taken = None, {}, {}
+        self._learner.switch("starting", time.monotonic())
+        self._fill()
+        self._wake()
+
+    async def publish(self, attempt: str, version: int, content: Any) -> None:
+        """New weights. Returns at once: the actors fetch them by themselves."""
+        self._check(attempt)
+        self._weights = Weights((len(self._attempts), version), content)
+        self._ledger.publish(version)
+        self._start_task(self._broadcast(self._weights))
+        self._wake()
+
+    async def take(self, attempt: str, step: int) -> Taken:
+        """The groups of a step; waits for them. Every worker may ask, and gets the same answer.
+
+        Raises:
+            NanorayError: they cannot come, or a later attempt has taken over.
+        """
+        start = time.monotonic()
+        while not (attempt in self._attempts and step in self._taken):
+            if attempt in self._attempts:
+                self._check(attempt)
+                if self._take(step):
+                    break
+            if self._error:
+                raise self._error
+            patience_s = self._settings.start_deadline_s + 2 * self._settings.bundle_deadline_s
+            late_s = max(start, self._last_landing_s) + patience_s
+            try:
+                await asyncio.wait_for(self._news.wait(), max(0.0, late_s - time.monotonic()))
+            except TimeoutError as error:
+                raise NanorayError(
+                    f"nothing was sampled for {patience_s:.0f} s, step {step} waits "
+                    f"({self._told()}); see that rollout actors can start, or raise "
+                    f"--rollout-deadline-s"
+                ) from error
+        self._check(attempt)
+        return self._taken[step]
+
+    def _take(self, step: int) -> bool:
+        """Make up the batch of the step, if all of it is there."""
+        ledger = self._ledger
+        assert step == ledger.step, f"the learner asks for step {step}, the next is {ledger.step}"
+        self._learner.switch("waiting", time.monotonic())
+        batch = ledger.take()
+        if batch is None:
+            return False
+        groups = [self._groups.pop(number) for number in batch]
+        for number in ledger.drop_stale():
+            del self._groups[number]
+        self._learner.switch("training", time.monotonic())
+        self._taken = {step: Taken(groups, self._figures())}
+        self._wake()
+        return True
+
+    async def trained(self, attempt: str, step: int) -> None:
+        """The groups of the step are in the weights."""
+        self._check(attempt)
+        self._ledger.trained(group.number for group in self._taken[step].groups)
+        self._state = self._ledger.to_dict()
+
+    async def ledger_state(self, attempt: str) -> dict[str, Any]:
+        """For a checkpoint: the ledger right after the last trained step, as JSON.
+
+        Not as it is now: from the state between two steps, a synchronous run that goes on makes
+        the same bundles.
+        """
+        self._check(attempt)
+        return self._state
+
+    def _check(self, attempt: str) -> None:
+        if attempt != self._attempts[-1]:
+            raise NanorayError("another start of the learner has taken the rollout pool over")
+
+    # What the pool's owner calls.
+
+    def resize(self, size: int | None) -> None:
+        """Have so many actors from now on, whatever the range; None: scale by idle times again."""
+        self._pinned = size is not None
+        low, high = self._settings.low, self._settings.high
+        self._scale(max(low, min(high, self._target)) if size is None else size)
+
+    def autoscale(self) -> None:
+        """Look at the idle times of the last window, if it is over; to be called now and then."""
+        totals = self._totals()
+        window = self._window.growth(totals)
+        if window["wall"] < self._settings.window_s:
+            return
+        self._window = Window(totals)
+        waiting = share(window, "learner waiting", "learner training")
+        idle = share(window, "actors idle", "actors busy")
+        if self._pinned or self._learner.state == "starting":
+            return
+        size = better_size(self._target, self._settings.low, self._settings.high, waiting, idle)
+        self._scale(size, f": the learner waited {waiting:.0%} of the time, the actors {idle:.0%}")
+
+    def status(self) -> dict[str, Any]:
+        """What everybody does now, as JSON."""
+        now, ledger = time.monotonic(), self._ledger
+        return {
+            "time": time.time(),
+            "version": ledger.version,
+            "step": ledger.step,
+            "learner": clock_status(self._learner, now),
+            "queue": {
+                "waiting": ledger.num_waiting,
+                "in_flight": ledger.num_in_flight,
+                "done": ledger.num_done,
+            },
+            "counts": ledger.counts | {"actors_lost": self._actors_lost},
+            "target": self._target,
+            "range": [self._settings.low, self._settings.high],
+            "pinned": self._pinned,
+            "actors": [seat.status(now) for seat in self._seats.values()],
+            "weights_fetch_s": self._fetch_s,
+            "events": list(self._events),
+            "error": str(self._error or ""),
+        }
+
+    async def close(self) -> None:
+        """Kill the actors; a learner that waits gets an error."""
+        self._error = self._error or NanorayError("the rollout pool is closed")
+        for seat in self._seats.values():
+            seat.leaving = True
+            seat.actor.kill()
+        self._wake()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # What an actor goes through.
+
+    async def _serve(self, seat: Seat) -> None:
+        try:
+            deadline_s = self._settings.start_deadline_s
+            seat.who = await _within(seat.actor.ready(), deadline_s, "start")
+            seat.clock.switch("idle", time.monotonic())
+            while not (seat.leaving or self._error):
+                if not await self._work(seat):
+                    await self._news.wait()
+        except ActorLostError as error:
+            self._lose(seat, str(error))
+        except Exception as error:  # a user's mistake, or a bug: the learner shall have it
+            self._error = self._error or error
+        finally:
+            seat.actor.kill()
+            seconds = seat.clock.seconds(time.monotonic())
+            self._spent = summed([self._spent, seconds])
+            del self._seats[seat.id]
+            self._fill()
+            self._wake()
+
+    async def _work(self, seat: Seat) -> bool:
+        """Sample a bundle, if there is one; False if not."""
+        ledger, weights = self._ledger, self._weights
+        flight = ledger.hand_out(seat.id) if weights else None
+        if flight is None or weights is None:
+            return False
+        seat.work = (ledger, flight)
+        seat.clock.switch("busy", time.monotonic())
+        try:
+            sampling = seat.actor.sample(flight.bundle.numbers, weights)
+            groups = await _within(sampling, self._settings.bundle_deadline_s, "answer")
+        except WeightsLostError:
+            ledger.lost(flight.id)
+            if weights is self._weights:  # nothing can be sampled until there are others
+                self._weights = None
+                self.tell(f"the weights of version {weights.key[1]} are lost with their learner")
+        else:
+            seat.tokens += sum(len(sample.tokens) for group in groups for sample in group.samples)
+            seat.loaded = max(seat.loaded, weights.key)
+            self._land(ledger, flight, groups)
+        seat.work = None
+        seat.clock.switch("idle", time.monotonic())
+        self._wake()
+        return True
+
+    def _land(self, ledger: Ledger, flight: Flight, groups: list[Group]) -> None:
+        """A bundle has come back."""
+        self._losses_in_a_row, self._last_landing_s = 0, time.monotonic()
+        self._tokens += sum(len(sample.tokens) for group in groups for sample in group.samples)
+        kept = ledger.done(
+            flight.id,
+            {group.number: group.version for group in groups},
+            {group.number for group in groups if group.degenerate},
+        )
+        if ledger is self._ledger:  # and not of a timeline that is over
+            self._groups |= {group.number: group for group in groups if group.number in kept}
+
+    def _lose(self, seat: Seat, reason: str) -> None:
+        """An actor is lost; what it was sampling waits again."""
+        if seat.leaving and not seat.work:
+            return
+        self._actors_lost += 1
+        self._losses_in_a_row += 1
+        again = None
+        if seat.work and seat.work[0] is self._ledger:
+            again = self._ledger.lost(seat.work[1].id)
+        self.tell(f"{seat} is lost: {reason}" + (f"; sampled again: {again}" if again else ""))
+        if again and again.losses >= _MAX_LOSSES_OF_A_BUNDLE:
+            self._error = self._error or NanorayError(
+                f"{again} were lost {again.losses} times, with the last actor because: {reason}"
+            )
+        elif self._losses_in_a_row > _MAX_LOSSES_PER_ACTOR * self._target:
+            self._error = self._error or NanorayError(
+                f"{self._losses_in_a_row} rollout actors were lost in a row, and nothing sampled, "
+                f"the last one because: {reason}"
+            )
+
+    async def _broadcast(self, weights: Weights) -> None:
+        """Have all actors that have started fetch the weights; nobody waits for this."""
+        start = time.monotonic()
+
+        async def send(seat: Seat) -> None:
+            try:
+                await _within(seat.actor.load(weights), self._settings.bundle_deadline_s, "answer")
+            except Exception:  # its next bundle will bring it to light
+                return
+            seat.loaded = max(seat.loaded, weights.key)
+            self._fetch_s = time.monotonic() - start
+
+        started = [seat for seat in self._seats.values() if seat.clock.state != "starting"]
+        await asyncio.gather(*map(send, started))
+
+    # Housekeeping.
+
+    def _fill(self) -> None:
+        """Launch actors until there are as many as wanted; before `begin` there are none."""
+        if self._error or not self._attempts:
+            return
+        staying = sum(not seat.leaving for seat in self._seats.values())
+        for _ in range(self._target - staying):
+            clock = StateClock("starting", time.monotonic())
+            seat = Seat(self._next_id, self._launch(self._next_id), clock)
+            self._next_id += 1
+            self._seats[seat.id] = seat
+            self._start_task(self._serve(seat))
+
+    def _scale(self, size: int, why: str = "") -> None:
+        if size == self._target:
+            return
+        self.tell(f"from {self._target} to {size} rollout actors{why}")
+        self._target = size
+        staying = [seat for seat in self._seats.values() if not seat.leaving]
+        # Those without work first, and of these the youngest. The others finish their bundle.
+        staying.sort(key=lambda seat: (seat.clock.state == "busy", -seat.id))
+        for seat in staying[: max(0, len(staying) - size)]:
+            seat.leaving = True
+            if seat.clock.state == "starting":  # nothing else would end its wait
+                seat.actor.kill()
+        self._fill()
+        self._wake()
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
+
+    def _wake(self) -> None:
+        """Something has changed: whoever waits looks again."""
+        self._news.set()
+        self._news = asyncio.Event()
+
+    def _totals(self) -> dict[str, float]:
+        """Seconds of all since the start by who and state, wall clock, and tokens sampled."""
+        now = time.monotonic()
+        actors = summed([self._spent, *(s.clock.seconds(now) for s in self._seats.values())])
+        return {
+            "wall": now,
+            "tokens": self._tokens,
+            **{f"actors {state}": seconds for state, seconds in actors.items()},
+            **{f"learner {state}": s for state, s in self._learner.seconds(now).items()},
+        }
+
+    def _figures(self) -> dict[str, float]:
+        """Numbers of the time since the last batch, and counts of the whole run."""
+        totals = self._totals()
+        since = self._reported.growth(totals)
+        self._reported = Window(totals)
+        counts = self._ledger.counts
+        return {
+            "rollout_tokens_per_s": since["tokens"] / max(since["wall"], 1e-9),
+            "rollout_actors": len(self._seats),
+            "rollout_idle": share(since, "actors idle", "actors busy"),
+            "rollout_busy": share(since, "actors busy", "actors idle"),
+            "learner_idle": share(since, "learner waiting", "learner training"),
+            "learner_busy": share(since, "learner training", "learner waiting"),
+            "weights_fetch_s": self._fetch_s,
+            "groups_done": self._ledger.num_done,
+            **{f"groups_{key}": counts[key] for key in ("redispatched", "dropped", "filtered")},
+            "short_batches": counts["short_batches"],
+            "actors_lost": self._actors_lost,
+        }
+
+    def tell(self, text: str) -> None:
+        _logger.warning("%s", text)
+        self._events.append({"time": time.time(), "text": text})
+
+    def _told(self) -> str:
+        """How things are, for a message."""
+        ledger = self._ledger
+        states = Counter(seat.clock.state for seat in self._seats.values())
+        actors = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
+        last = f"; last event: {self._events[-1]['text']}" if self._events else ""
+        return (
+            f"groups: {ledger.num_done} done, {ledger.num_in_flight} in flight, "
+            f"{ledger.num_waiting} waiting; actors: {actors}{last}"
+        )
+
+
+async def _within(answer: Awaitable[Answer], deadline_s: float, what: str) -> Answer:
+    try:
+        return await asyncio.wait_for(answer, deadline_s)
+    except TimeoutError as error:
+        raise ActorLostError(f"no {what} within {deadline_s:g} s") from error

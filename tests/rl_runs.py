@@ -1,0 +1,80 @@
+"""Reinforcement learning for tests, without Ray: rollouts sampled in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanoray.config import RlConfig
+from nanoray.rl.groups import Group
+from nanoray.rl.ledger import Ledger
+from nanoray.rl.plan import RlPlan, ledger_rules, make_rl_plan, sampler_settings
+from nanoray.rl.sampler import Sampler
+
+TINY_RL = {
+    "task": "arithmetic",
+    "questions_per_step": 4,
+    "num_samples": 4,
+    "max_new_tokens": 12,
+    "questions_per_call": 2,
+    "num_iterations": 3,
+    "eval_every": 0,
+    "eval_examples": 4,
+    "eval_samples": 2,
+    "save_every": 0,
+    "dtype": "float32",
+    "seed": 7,
+}
+
+
+def rl_flags(base: str, run: str, **changes: Any) -> list[str]:
+    values = TINY_RL | {"from_run": base, "run": run} | changes
+    return [f"--{k.replace('_', '-')}={v}" for k, v in values.items() if v is not None]
+
+
+def rl_plan(base: str, run: str, **changes: Any) -> RlPlan:
+    """The plan of a tiny run, ready to run; ``changes`` are flags by field name."""
+    plan = make_rl_plan(RlConfig.parse(rl_flags(base, run, **changes), "test"))
+    plan.prepare()
+    return plan
+
+
+class LocalRollouts:
+    """One sampler in this process; what the pool of actors must equal."""
+
+    def __init__(self, plan: RlPlan) -> None:
+        self._plan = plan
+        self._sampler: Sampler = sampler_settings(plan, num_threads=1).open()
+        self._ledger = Ledger(ledger_rules(plan))
+        self.groups: dict[int, Group] = {}
+        self.steps: list[list[Group]] = []
+
+    def begin(self, step: int, ledger: Mapping[str, Any] | None) -> None:
+        self._ledger = Ledger(ledger_rules(self._plan), ledger)
+        assert self._ledger.step == step
+
+    def publish(self, version: int, weights: NDArray[np.uint8]) -> None:
+        self._sampler.load_weights(weights, version)
+        self._ledger.publish(version)
+
+    def take(self, step: int) -> tuple[Sequence[Group], Mapping[str, float]]:
+        while (numbers := self._ledger.take()) is None:
+            flight = self._ledger.hand_out(0)
+            assert flight is not None
+            groups = self._sampler.sample(flight.bundle.numbers)
+            kept = self._ledger.done(
+                flight.id,
+                {group.number: group.version for group in groups},
+                {group.number for group in groups if group.degenerate},
+            )
+            self.groups |= {group.number: group for group in groups if group.number in kept}
+        taken = [self.groups[number] for number in numbers]
+        self.steps.append(taken)
+        return taken, {}
+
+    def trained(self, numbers: Sequence[int]) -> Mapping[str, Any]:
+        self._ledger.trained(numbers)
+        return self._ledger.to_dict()
