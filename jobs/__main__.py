@@ -7,6 +7,7 @@ JOBS = {
     "tokenizer": "train a tokenizer, or compare it with others",
     "pretrain": "pretrain a model from scratch, or go on with a run",
     "sft": "fine-tune a base model on conversations",
+    "rl": "practise a task by reinforcement learning; status and scale of a running one",
     "eval": "bits per byte, samples, CORE, chat tasks, speed of a checkpoint",
     "chat": "talk to a model in the terminal",
 }

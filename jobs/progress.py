@@ -20,12 +20,14 @@ def _duration(seconds: float) -> str:
 def step_text(record: dict[str, Any], num_steps: int) -> str:
     """One step's record for a person."""
     loss = record["loss"]
+    waited_s = record.get("data_wait_s", record.get("wait_for_batch_s", 0.0))
     parts = [
         f"step {record['step']:,}/{num_steps:,}",
         f"loss {loss:.4f}" if loss is not None else "loss nan",
+        *([f"reward {record['reward']:.3f}"] if "reward" in record else []),
         f"{record['tokens_per_s']:,.0f} tok/s",
         f"mfu {100 * record['mfu']:.0f} %",
-        f"wait {100 * record['data_wait_s'] / record['step_s']:.1f} %",
+        f"wait {100 * waited_s / record['step_s']:.1f} %",
         f"eta {_duration(record['eta_s'])}",
     ]
     return " · ".join(parts)
@@ -65,6 +67,11 @@ class ProgressPrinter:
             self._print(record["samples"])
         elif "val_bpb" in record:
             self._print(f"step {record['step']:,} · validation {record['val_bpb']:.4f} bits/byte")
+        elif "chatcore" in record:
+            self._print(f"step {record['step']:,} · ChatCORE {record['chatcore']:.4f}")
+        elif "pass@1" in record:
+            found = [f"{name} {value:.3f}" for name, value in record.items() if "pass@" in name]
+            self._print(f"step {record['step']:,} · held out: {', '.join(found)}")
         elif "loss" in record:
             self._step(record)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jobs.progress import CountProgress
-from jobs.training import run_plan
+from jobs.training import carry_out
 from nanoray.config import SftConfig, run_job
 from nanoray.train.sft_plan import make_sft_plan
 
@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> int:
     config = SftConfig.parse(argv, "python -m jobs.sft")
     with CountProgress("reading the mixture: {:,} conversations, {:,} tokens") as progress:
         plan = make_sft_plan(config, progress)
-    return run_plan(plan, config)
+    return carry_out(plan, config)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,41 @@ from __future__ import annotations
 
 import importlib
 import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nanoray import storage
 from nanoray.config import TrainConfig
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease, LeaseLostError
 from nanoray.train.record import check_resume, record_config, record_failure
-from nanoray.train.run_plan import StreamRunPlan
+from nanoray.train.run_plan import RunPlan
+
+if TYPE_CHECKING:
+    from nanoray.fleet import Needs
+
+Plan = TypeVar("Plan", bound=RunPlan)
+Watcher = Callable[[dict[str, Any]], None]
 
 
-def run_plan(plan: StreamRunPlan, config: TrainConfig) -> int:
+class Glue(Protocol[Plan]):
+    """A module that brings a kind of plan onto a cluster."""
+
+    def with_gpus(self, plan: Plan, resources: dict[str, float]) -> Plan:
+        """The plan with what depends on the cluster's GPUs settled."""
+
+    def needs(self, plan: Plan) -> list[Needs]:
+        """What it needs of the cluster."""
+
+    def fit(self, plan: Plan, lease: Lease, watch: Watcher) -> dict[str, Any]:
+        """Run it; the summary."""
+
+
+def carry_out(plan: Plan, config: TrainConfig, glue_module: str = "nanoray.train.ray_glue") -> int:
     """Carry out a plan, or with ``--dry-run`` check all that can be checked; the exit code.
+
+    Args:
+        glue_module: a `Glue`, by name: it costs seconds to import.
 
     Raises:
         NanorayError: see `check_resume`, `fleet.preflight` and `ray_glue.fit`.
@@ -24,29 +48,38 @@ def run_plan(plan: StreamRunPlan, config: TrainConfig) -> int:
     if finished:
         print(f"run {plan.run} is finished: nothing to do (take another --run to train anew)")
         return 0
-    return _dry_run(plan) if config.dry_run else _train(plan, config)
+    return _dry_run(plan, glue_module) if config.dry_run else _train(plan, config, glue_module)
 
 
-def _dry_run(plan: StreamRunPlan) -> int:
+def _dry_run(plan: Plan, glue_module: str) -> int:
     from nanoray import fleet
-    from nanoray.train import ray_glue
 
+    glue: Glue[Plan] = importlib.import_module(glue_module)
     storage.check_writable(plan.run_dir)
     if fleet.on_cluster():
         fleet.connect()
-        import ray
-
-        plan = ray_glue.with_gpus(plan, ray.cluster_resources())
-        fleet.preflight(ray_glue.needs(plan))
+        _preflight(plan, glue)
     else:
         have = fleet.local_resources()
-        plan = ray_glue.with_gpus(plan, have)
-        fleet.check_resources(ray_glue.needs(plan), have, "this machine")
+        for needs in glue.needs(glue.with_gpus(plan, have)):
+            fleet.check_resources(needs, have, "this machine")
     print("dry run: configuration, data and resources are fine")
     return 0
 
 
-def _train(plan: StreamRunPlan, config: TrainConfig) -> int:
+def _preflight(plan: Plan, glue: Glue[Plan]) -> Plan:
+    """The plan for the connected cluster, which has what it needs."""
+    import ray
+
+    from nanoray import fleet
+
+    plan = glue.with_gpus(plan, ray.cluster_resources())
+    for needs in glue.needs(plan):
+        fleet.preflight(needs)
+    return plan
+
+
+def _train(plan: Plan, config: TrainConfig, glue_module: str) -> int:
     from jobs.progress import ProgressPrinter
     from nanoray import fleet
 
@@ -55,19 +88,15 @@ def _train(plan: StreamRunPlan, config: TrainConfig) -> int:
     try:
         plan.prepare()
         # Seconds of imports, while Ray's own processes start.
-        imports = threading.Thread(target=importlib.import_module, args=("nanoray.train.ray_glue",))
+        imports = threading.Thread(target=importlib.import_module, args=(glue_module,))
         imports.start()
         fleet.connect(dashboard=config.dashboard)
         imports.join()
-        import ray
-
-        from nanoray.train import ray_glue
-
-        plan = ray_glue.with_gpus(plan, ray.cluster_resources())
-        fleet.preflight(ray_glue.needs(plan))
+        glue: Glue[Plan] = importlib.import_module(glue_module)
+        plan = _preflight(plan, glue)
         record_config(plan)
         with ProgressPrinter(plan.num_iterations) as printer:
-            summary = ray_glue.fit(plan, lease, printer)
+            summary = glue.fit(plan, lease, printer)
     except LeaseLostError:
         raise  # the run is another's: its folder is not ours to write
     except NanorayError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from nanoray.rl.groups import Group
 from nanoray.rl.ledger import Ledger
 from nanoray.rl.plan import RlPlan, ledger_rules, make_rl_plan, sampler_settings
 from nanoray.rl.sampler import Sampler
+from nanoray.rl.supervisor import Taken
 
 TINY_RL = {
     "task": "arithmetic",
@@ -60,7 +61,7 @@ class LocalRollouts:
         self._sampler.load_weights(weights, version)
         self._ledger.publish(version)
 
-    def take(self, step: int) -> tuple[Sequence[Group], Mapping[str, float]]:
+    def take(self, step: int) -> Taken:
         while (numbers := self._ledger.take()) is None:
             flight = self._ledger.hand_out(0)
             assert flight is not None
@@ -73,8 +74,10 @@ class LocalRollouts:
             self.groups |= {group.number: group for group in groups if group.number in kept}
         taken = [self.groups[number] for number in numbers]
         self.steps.append(taken)
-        return taken, {}
+        return Taken(taken, {})
 
-    def trained(self, numbers: Sequence[int]) -> Mapping[str, Any]:
-        self._ledger.trained(numbers)
+    def trained(self, step: int) -> None:
+        self._ledger.trained([group.number for group in self.steps[-1]])
+
+    def ledger(self) -> Mapping[str, Any]:
         return self._ledger.to_dict()

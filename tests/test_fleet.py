@@ -19,7 +19,7 @@ def needs(**changes: object) -> fleet.Needs:
         "num_workers": 2,
         "cpus_per_worker": 1.0,
         "gpus_per_worker": 0.0,
-        "data_cpus": 1.0,
+        "other_cpus": 1.0,
         "memory_bytes_per_worker": GIB,
         "object_store_bytes": 2**26,
     }

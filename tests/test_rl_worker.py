@@ -8,14 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pretrain_runs import noisy, run_plan, tiny_plan
+from gloo import run_gloo
+from pretrain_runs import GradientRecorder, noisy, run_plan, tiny_plan
 from rl_runs import LocalRollouts, rl_plan
 
 from nanoray.checkpoint import Checkpoint
+from nanoray.errors import NanorayError
 from nanoray.rl import flat
-from nanoray.rl.groups import to_batch
+from nanoray.rl.groups import Group, Sample, to_batch
 from nanoray.rl.plan import RlPlan
 from nanoray.rl.worker import RlWorker
+from nanoray.train.record import check_resume, record_config
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
@@ -41,8 +44,7 @@ def test_engine_and_learner_agree_on_what_was_sampled(base: str, top_k: int) -> 
     noisy(worker.model)
     worker._rollouts.begin(0, None)
     worker._rollouts.publish(0, flat.pack(worker.model.state_dict()))
-    groups, _figures = worker._rollouts.take(0)
-    batch = to_batch(groups, 0)
+    batch = to_batch(worker._rollouts.take(0).groups, 0)
     ids, mask = torch.from_numpy(batch.ids), torch.from_numpy(batch.target_mask)
     with torch.no_grad():
         scored, entropy = worker.learner.score(worker.model, ids, mask)
@@ -89,3 +91,129 @@ def test_stopped_and_resumed_it_is_bitwise_the_same(base: str) -> None:
         for plan in (whole, cut)
     ]
     assert weights[0] == weights[1]
+
+
+def learner_gradients(
+    rank: int, size: int, plan: RlPlan, groups: list[Group], micro_rows: int
+) -> dict[str, np.ndarray]:
+    """The gradients of one step on given groups, over all workers; weights made noisy."""
+    torch.set_num_threads(1)
+    world = World(rank, size, torch.device("cpu"))
+    small = plan.with_config(device_batch_size=micro_rows)
+    worker = RlWorker(small, world, Hooks(), 0, LocalRollouts(plan))
+    try:
+        noisy(worker.model)
+        recorder = GradientRecorder(dict(worker.model.named_parameters()))
+        worker.learner._optimizer = recorder  # type: ignore[assignment]
+        loss, figures, _times = worker.learner(groups, 1.0, 0.95, 0.0)
+    finally:
+        worker.close()
+    return recorder.grads | {"loss": np.array(loss), "entropy": np.array(figures["entropy"])}
+
+
+def made_up_groups(num_groups: int = 3, num_samples: int = 4) -> list[Group]:
+    """Answers of 1 to 20 tokens, some forced, with rewards of 0 and 1."""
+    rng = np.random.default_rng(0)
+    groups = []
+    for number in range(num_groups):
+        samples = []
+        for _ in range(num_samples):
+            n = int(rng.integers(1, 21))
+            mask = (rng.random(n) < 0.8).astype(np.uint8)
+            mask[-1] = 1
+            samples.append(
+                Sample(
+                    tokens=rng.integers(0, 300, n).astype(np.int32),
+                    mask=mask,
+                    logprobs=(-rng.random(n) * mask).astype(np.float32),
+                    versions=np.zeros(n, np.int32),
+                    finish_reason="stop",
+                    text="",
+                    reward=float(rng.integers(0, 2)),
+                )
+            )
+        prompt = rng.integers(0, 300, int(rng.integers(3, 30))).astype(np.int32)
+        groups.append(Group(number, prompt, tuple(samples)))
+    return groups
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["reinforce", "grpo", "gspo"])
+def test_gradients_do_not_depend_on_micro_batches_or_workers(base: str, algorithm: str) -> None:
+    plan = rl_plan(base, "gradients", algorithm=algorithm, max_staleness=1)
+    groups = made_up_groups()
+    wanted = learner_gradients(0, 1, plan, groups, 12)
+    assert any(np.abs(grad).max() > 1e-4 for grad in wanted.values())
+    others = [learner_gradients(0, 1, plan, groups, rows) for rows in (1, 2, 8)]
+    others += run_gloo(learner_gradients, 2, plan, groups, 2)
+    for found in others:
+        for name, grad in wanted.items():
+            scale = max(1e-3, np.abs(grad).max())
+            assert np.abs(found[name] - grad).max() < 1e-5 * scale, name
+
+
+def test_forced_tokens_and_prompts_are_not_trained(base: str) -> None:
+    """Whatever stands in their logits' place, they have no part in the loss."""
+    plan = rl_plan(base, "forced")
+    worker = make(plan)
+    noisy(worker.model)
+    groups = made_up_groups(1, 2)
+    batch = to_batch(groups, 0)
+    ids = torch.from_numpy(batch.ids)
+    mask = torch.from_numpy(batch.target_mask)
+    logprobs, _entropy = worker.learner.score(worker.model, ids, mask)
+    assert (logprobs[mask == 0] == 0).all()
+    assert (logprobs[mask == 1] < 0).all()
+    lengths = [len(s.tokens) for s in groups[0].samples]
+    stops = [len(groups[0].prompt) + n - 2 for n in lengths]
+    assert all(mask[row, stop] == 1 for row, stop in enumerate(stops)), "the last token is trained"
+    worker.close()
+
+
+def test_a_kl_term_holds_the_policy_near_its_start(base: str) -> None:
+    plans = [rl_plan(base, f"kl{coef}", kl_coef=coef, num_iterations=2) for coef in (0.0, 100.0)]
+    records = []
+    for plan in plans:
+        worker = make(plan)
+        worker.run()
+        worker.close()
+        lines = Path(plan.run_dir, "metrics.jsonl").read_text().splitlines()
+        records.append([r for r in map(json.loads, lines) if "loss" in r])
+    assert [record["kl"] for record in records[0]] == [0.0, 0.0]
+    assert records[1][0]["kl"] == pytest.approx(0, abs=1e-6), "it begins at the reference"
+    assert records[1][1]["kl"] > 0
+    assert records[0][0]["batch_hash"] == records[1][0]["batch_hash"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"task": "arc-easy", "data_dir": "DATA"}, "not answered in free text"),
+        ({"task": "identity"}, "not answered in free text"),
+        ({"task": "gsm9k"}, "there is no task 'gsm9k'"),
+        ({"num_iterations": None, "num_epochs": 0.00001}, "are not one step"),
+        ({"from_run": "nobody"}, "there is no run nobody"),
+        ({"run": "base"}, "is the chat run itself"),
+        ({"num_samples": 1}, "num-samples"),
+        ({"rollout_actors": "3:1"}, "MIN <= MAX"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    base: str, shared_data: Path, flags: dict[str, object], says: str
+) -> None:
+    flags = {k: str(shared_data) if v == "DATA" else v for k, v in flags.items()}
+    with pytest.raises(NanorayError, match=says) as raised:
+        rl_plan(base, str(flags.pop("run", "wrong")), **flags)
+    assert "\n" not in str(raised.value)
+
+
+def test_resume_refuses_another_algorithm(base: str) -> None:
+    plan = rl_plan(base, "kept", num_iterations=1)
+    record_config(plan)
+    worker = make(plan)
+    worker.run()
+    worker.close()
+    assert check_resume(plan), "it is finished"
+    with pytest.raises(NanorayError, match="--algorithm: was reinforce, is grpo"):
+        check_resume(rl_plan(base, "kept", num_iterations=1, algorithm="grpo"))
+    assert check_resume(rl_plan(base, "kept", num_iterations=1, rollout_actors="1:4"))

@@ -21,6 +21,7 @@ from nanoray.tokenizer import load_tokenizer
 from nanoray.train.record import record_config
 from nanoray.train.sft_plan import SftPlan
 from nanoray.train.stages import make_worker
+from nanoray.train.watch import LossWatch
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
@@ -158,6 +159,13 @@ def test_an_epoch_is_the_horizon_and_the_schedule_goes_by_it(
     rows = step_rows(local_blocks(stream, tokenizer, Cursor()), stream, 0, 1)
     trained_on = [tuple(row) for step in rows for row in step.ids]
     assert len(set(trained_on[: plan.num_rows])) == plan.num_rows, "every row once"
+
+
+def test_ratios_of_tiny_losses_stop_no_run() -> None:
+    watch = LossWatch(spike_factor=3.0)
+    assert not any(watch.problem(0.02) for _ in range(30))
+    assert not watch.problem(0.3), "15 times the average, and still next to nothing"
+    assert "jumped to 0.600" in watch.problem(0.6)
 
 
 def test_a_stopped_run_goes_on_bitwise_equal(home: Path, base: str, chats: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pretrain_runs import hashes, losses, run_plan, weights
-from sft_runs import make_base, sft_plan, write_conversations
+from sft_runs import make_base, sft_flags, sft_plan, write_conversations
 
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease
@@ -18,6 +21,7 @@ from nanoray.train.record import record_config
 from nanoray.train.sft_plan import SftPlan
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
 STEPS = 40
 
 
@@ -58,6 +62,21 @@ def test_a_killed_worker_is_restarted_bitwise(ray_session: None, base: str, chat
     assert hashes(plan) == hashes(calm), "and Ray's stream is the one made in a process"
     assert losses(plan) == losses(calm)
     assert weights(plan, STEPS) == weights(calm, STEPS)
+
+
+def test_the_job_from_start_to_end(base: str, chats: str) -> None:
+    flags = sft_flags("base", chats, "job", num_iterations=6, chatcore_tasks="arithmetic",
+                      chatcore_max_sample=4, chatcore_max_tokens=8)  # fmt: skip
+    command = [sys.executable, "-m", "jobs.sft", *flags]
+    for expected in ("run job finished", "run job is finished: nothing to do"):
+        job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+        assert job.returncode == 0, job.stdout + job.stderr
+        assert expected in job.stdout
+        assert "300 conversations in" in job.stdout
+        assert "Traceback" not in job.stderr
+    summary = json.loads(Path(base).with_name("job").joinpath("summary.json").read_text())
+    assert (summary["stage"], summary["status"], summary["step"]) == ("sft", "finished", 6)
+    assert "chat/arithmetic" in summary["metrics"]
 
 
 def test_data_that_changes_under_a_run_is_one_sentence(

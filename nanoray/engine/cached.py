@@ -32,18 +32,17 @@ _SHARED_KEYS = 32
 
 
 class KVCache:
-    """Keys and values of every slot: per layer [slots, 2, K, max_len + 1, D], compute dtype.
+    """Keys (unit, rotated) and values of every slot: per layer [slots, 2, K, max_len, D].
 
-    Keys are unit and rotated. Position max_len takes what padding writes and is never read.
-    Starts as zeros, because a masked key has weight zero, and zero times an uninitialised NaN is
-    NaN.
+    In the compute dtype. Starts as zeros, because a masked key has weight zero, and zero times an
+    uninitialised NaN is NaN.
     """
 
     def __init__(self, model: CachedModel, num_slots: int, max_len: int) -> None:
         config = model.config
         assert 0 < max_len <= config.rotary_len
         self.num_slots, self.max_len = num_slots, max_len
-        shape = (num_slots, 2, config.n_kv_head, max_len + 1, config.head_dim)
+        shape = (num_slots, 2, config.n_kv_head, max_len, config.head_dim)
         self.layers = [
             _zeros(shape, model.compute_dtype, model.device) for _ in range(config.n_layer)
         ]
@@ -170,10 +169,7 @@ class CachedModel:
             torch.tensor([slots_B, starts_B, ends_B]).to(self.device).unsqueeze(-1)
         )
         positions_BT = starts_B1 + torch.arange(T, device=self.device)
-        write_BT = positions_BT
-        if T > 1:
-            write_BT = torch.where(positions_BT < ends_B1, positions_BT, cache.max_len)
-            positions_BT = torch.minimum(positions_BT, ends_B1 - 1)
+        positions_BT = torch.minimum(positions_BT, ends_B1 - 1)
         plans = {
             window: self._plan(window, slots_B, starts_B, ends_B, positions_BT, prefixes_B)
             for window in {layer.window for layer in weights.layers}
@@ -186,8 +182,12 @@ class CachedModel:
         for i, layer in enumerate(weights.layers):
             x_BTD = torch.add(x0_LBTD[i], x_BTD, alpha=layer.resid_lambda)
             q_BTHD, kv_BT2KD = self._qkv(layer, self._unit(x_BTD), table_BTC, turn_BT1d)
-            kv_S2KTD = cache.layers[i]
-            kv_S2KTD[slots_B1, :, :, write_BT] = kv_BT2KD
+            if T == 1:
+                cache.layers[i][slots_B1, :, :, positions_BT] = kv_BT2KD
+            else:  # a copy a row: an index for every token takes thrice the time
+                for slot, start, end, kv_T2KD in zip(slots_B, starts_B, ends_B, kv_BT2KD):
+                    kv_2KTD = kv_T2KD[: end - start].permute(1, 2, 0, 3)
+                    cache.layers[i][slot, :, :, start:end] = kv_2KTD
             plan = plans[layer.window]
             if last_only and T > 1 and layer is weights.layers[-1]:
                 # Of the others the last layer's keys and values are all that is ever used.
@@ -195,7 +195,7 @@ class CachedModel:
                 plan = self._plan(layer.window, slots_B, lasts_B, ends_B, ends_B1 - 1, None)
                 at = (torch.arange(B, device=self.device).unsqueeze(1), ends_B1 - starts_B1 - 1)
                 q_BTHD, x_BTD, middle_BTD = q_BTHD[at], x_BTD[at], middle_BTD[at]
-            out_BTD = self._attend(q_BTHD, kv_S2KTD, plan)
+            out_BTD = self._attend(q_BTHD, cache.layers[i], plan)
             x_BTD = layer.proj.plus(out_BTD, x_BTD)
             hidden_BTM = layer.fc.relu(self._unit(x_BTD)).square_()
             x_BTD = layer.mlp_proj.plus(hidden_BTM, x_BTD)
@@ -300,15 +300,18 @@ class CachedModel:
         if plan.shared:
             out_BKRD = self._cascade(q_BKRD, kv_S2KTD, plan)
         else:
-            outs = [
-                F.scaled_dot_product_attention(
-                    q_BKRD[run.rows],
-                    *kv_S2KTD[run.slots, :, :, run.keys].unbind(1),
-                    attn_mask=run.bias,
-                    scale=self._weights.attention_scale,
+            outs = []
+            for run in plan.own:
+                k, v = kv_S2KTD[run.slots, :, :, run.keys].unbind(1)
+                outs.append(
+                    F.scaled_dot_product_attention(
+                        q_BKRD[run.rows],
+                        k,
+                        v,
+                        attn_mask=run.bias,
+                        scale=self._weights.attention_scale,
+                    )
                 )
-                for run in plan.own
-            ]
             out_BKRD = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out_BKRD.view(B, K, H // K, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
@@ -317,11 +320,9 @@ class CachedModel:
         R = q_BKRD.size(2)
 
         def attend(q_NKRD: Tensor, run: _Run, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            k, v = kv_S2KTD[run.slots, :, :, run.keys].unbind(1)
             out_NKRD, logsumexp_NKR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q_NKRD,
-                *kv_S2KTD[run.slots, :, :, run.keys].unbind(1),
-                attn_mask=bias,
-                scale=self._weights.attention_scale,
+                q_NKRD, k, v, attn_mask=bias, scale=self._weights.attention_scale
             )
             return out_NKRD, logsumexp_NKR
 

@@ -60,8 +60,7 @@ class ChatSuite:
         for name, task in tasks.items():
             if task.kind == "conversation":
                 raise NanorayError(
-                    f"{name} is for training: nothing says which answer to it is right; leave it "
-                    f"out of --tasks"
+                    f"{name} is for training: nothing says which answer to it is right; leave it out"
                 )
         return {name: task.slice(stop=self._limit(task)) for name, task in tasks.items()}
 

@@ -139,7 +139,8 @@ class Needs:
     Attributes:
         num_workers: the smallest number of workers it can run with.
         cpus_per_worker, gpus_per_worker: logical resources of each.
-        data_cpus: CPUs that must be left for data tasks.
+        other_cpus, other_gpus: what must be left for others.
+        others: who they are.
         memory_bytes_per_worker: estimate of weights, gradients, states and activations.
         object_store_bytes: blocks in flight.
         paths: local files or folders that every node must see.
@@ -148,10 +149,12 @@ class Needs:
     num_workers: int
     cpus_per_worker: float
     gpus_per_worker: float
-    data_cpus: float
+    other_cpus: float
     memory_bytes_per_worker: int
     object_store_bytes: int
     paths: tuple[str, ...] = ()
+    other_gpus: float = 0
+    others: str = "data tasks"
 
 
 def local_resources() -> dict[str, float]:
@@ -177,13 +180,13 @@ def check_resources(needs: Needs, have: dict[str, float], where: str) -> None:
 
     The memory of a cluster is compared as a whole, that of a machine as what is free now.
     """
-    cpus = needs.num_workers * needs.cpus_per_worker + needs.data_cpus
-    gpus = needs.num_workers * needs.gpus_per_worker
+    cpus = needs.num_workers * needs.cpus_per_worker + needs.other_cpus
+    gpus = needs.num_workers * needs.gpus_per_worker + needs.other_gpus
     memory = needs.num_workers * needs.memory_bytes_per_worker
     if have.get("CPU", 0) < cpus:
         raise NanorayError(
             f"{needs.num_workers} workers of {needs.cpus_per_worker:g} CPUs and "
-            f"{needs.data_cpus:g} for data tasks need {cpus:g} logical CPUs, but {where} has "
+            f"{needs.other_cpus:g} for {needs.others} need {cpus:g} logical CPUs, but {where} has "
             f"{have.get('CPU', 0):g}; lower --num-workers or --cpus-per-worker, or add nodes"
         )
     if have.get("GPU", 0) < gpus:

@@ -1,7 +1,7 @@
 """The rollout pool on Ray: a supervising actor, the actors that sample, and the learner's side.
 
-`start_pool` starts the supervising actor on the driver's node (it needs no CPU, and lives as long as
-the driver); every learner worker talks to it through a `PoolClient`. Nobody shares a collective: a
+`start_pool` starts the supervising actor on the driver's node (it needs no CPU, and lives as long
+as the driver); every learner worker talks to it through a `PoolClient`. Nobody shares a collective: a
 version of the weights is one object in the object store, which whoever samples fetches.
 """
 
@@ -47,8 +47,7 @@ class BundleSampler(Protocol):
 Open = Callable[[], BundleSampler]
 
 
-# Two threads, so that weights come in while a bundle is sampled.
-@ray.remote(max_restarts=0, max_task_retries=0, max_concurrency=2)
+@ray.remote(max_restarts=0, max_task_retries=0)
 class _RolloutActor:
     def __init__(self, open_sampler: Open) -> None:
         self._open = open_sampler
@@ -120,7 +119,11 @@ class _PoolActor:
         run_dir: str,
     ) -> None:
         def launch(number: int) -> _RayRollouts:
-            actor = _RolloutActor.options(name=f"{name}-{number}", **resources)  # type: ignore[attr-defined]
+            actor = _RolloutActor.options(  # type: ignore[attr-defined]
+                name=f"{name}-{number}",
+                max_concurrency=2,  # threads: weights come in while a bundle is sampled
+                **resources,
+            )
             return _RayRollouts(actor.remote(open_box[0]))
 
         self._launch, self._rules, self._settings = launch, rules, settings
@@ -245,9 +248,9 @@ async def keep_books(supervisor: Supervisor, run_dir: str) -> None:
             supervisor.autoscale()
             await asyncio.to_thread(write_status, supervisor, run_dir)
         except NanorayError as error:
-            supervisor.tell(str(error))
+            supervisor.journal.tell(str(error))
         except OSError as error:  # an outage of the storage, which may pass
-            supervisor.tell(f"{run_dir} cannot be reached: {error}")
+            supervisor.journal.tell(f"{run_dir} cannot be reached: {error}")
         await asyncio.sleep(period_s)
 
 

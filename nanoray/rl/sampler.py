@@ -139,8 +139,8 @@ class Sampler:
         if len(prompt) > self._engine.max_len:
             raise NanorayError(
                 f"example {index} of {self._task.name} is {len(prompt)} tokens long, and the "
-                f"model's context {self._engine.max_len}; take a task of shorter problems, or a model "
-                f"with a longer context"
+                f"model's context {self._engine.max_len}; take shorter problems, or a model with "
+                f"a longer context"
             )
         return prompt
 

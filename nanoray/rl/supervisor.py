@@ -8,16 +8,16 @@ ends its task, its bundle waits again, and another actor takes its place. Waits 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nanoray.errors import NanorayError
 from nanoray.rl.groups import Group
-from nanoray.rl.idle import StateClock, Window, better_size, share, summed
+from nanoray.rl.idle import StateClock, better_size
+from nanoray.rl.journal import Journal
 from nanoray.rl.ledger import Flight, Ledger, LedgerRules, spans
 from nanoray.rl.seat import (
     ActorLostError,
@@ -30,8 +30,6 @@ from nanoray.rl.seat import (
 
 Answer = TypeVar("Answer")
 
-_logger = logging.getLogger(__name__)
-_MAX_EVENTS = 200
 # A bundle that so many actors were lost over is itself the likeliest cause.
 _MAX_LOSSES_OF_A_BUNDLE = 5
 # Losses in a row, for each wanted actor, that cannot be bad luck any more.
@@ -85,6 +83,7 @@ class Supervisor:
     ) -> None:
         assert 1 <= settings.low <= settings.high
         self._launch, self._rules, self._settings = launch, rules, settings
+        self.journal = Journal()
         self._attempts: list[str] = []  # each begins a timeline; the last one counts
         self._ledger = Ledger(rules)
         self._state: dict[str, Any] = {}  # the ledger's, as the last trained step left it
@@ -93,17 +92,11 @@ class Supervisor:
         self._taken: dict[int, Taken] = {}  # step -> its batch; the last one only
         self._seats: dict[int, Seat] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._next_id = self._losses_in_a_row = self._actors_lost = 0
+        self._next_id = self._losses_in_a_row = 0
         self._target, self._pinned = settings.low, False
         self._error: Exception | None = None
         self._news = asyncio.Event()
-        self._events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
-        self._learner = StateClock("starting", time.monotonic())  # then waiting (take), training
-        self._spent: dict[str, float] = {}  # seconds of the actors that are no more
-        self._tokens = 0
         self._last_landing_s = time.monotonic()
-        self._fetch_s = 0.0
-        self._reported = self._window = Window(self._totals())
 
     # What the learner calls.
 
@@ -117,11 +110,13 @@ class Supervisor:
         assert ledger.step == step, f"the ledger is at step {ledger.step}, the learner at {step}"
         if state is not None:
             again = [number for numbers in state["open"] for number in numbers]
-            self.tell(f"going on at step {step}; sampled again: {spans(again) or 'nothing'}")
+            self.journal.tell(
+                f"going on at step {step}; sampled again: {spans(again) or 'nothing'}"
+            )
         self._attempts.append(attempt)
         self._ledger, self._state = ledger, ledger.to_dict()
         self._weights, self._groups, self._taken = None, {}, {}
-        self._learner.switch("starting", time.monotonic())
+        self.journal.learner.switch("starting", time.monotonic())
         self._fill()
         self._wake()
 
@@ -164,15 +159,15 @@ class Supervisor:
         """Make up the batch of the step, if all of it is there."""
         ledger = self._ledger
         assert step == ledger.step, f"the learner asks for step {step}, the next is {ledger.step}"
-        self._learner.switch("waiting", time.monotonic())
+        self.journal.learner.switch("waiting", time.monotonic())
         batch = ledger.take()
         if batch is None:
             return False
         groups = [self._groups.pop(number) for number in batch]
         for number in ledger.drop_stale():
             del self._groups[number]
-        self._learner.switch("training", time.monotonic())
-        self._taken = {step: Taken(groups, self._figures())}
+        self.journal.learner.switch("training", time.monotonic())
+        self._taken = {step: Taken(groups, self.journal.figures(self._seats.values(), ledger))}
         self._wake()
         return True
 
@@ -205,17 +200,12 @@ class Supervisor:
 
     def autoscale(self) -> None:
         """Look at the idle times of the last window, if it is over; to be called now and then."""
-        totals = self._totals()
-        window = self._window.growth(totals)
-        if window["wall"] < self._settings.window_s:
+        shares = self.journal.idle_shares(self._seats.values(), self._settings.window_s)
+        if shares is None or self._pinned:
             return
-        self._window = Window(totals)
-        waiting = share(window, "learner waiting", "learner training")
-        idle = share(window, "actors idle", "actors busy")
-        if self._pinned or self._learner.state == "starting":
-            return
-        size = better_size(self._target, self._settings.low, self._settings.high, waiting, idle)
-        self._scale(size, f": the learner waited {waiting:.0%} of the time, the actors {idle:.0%}")
+        size = better_size(self._target, self._settings.low, self._settings.high, *shares)
+        waited, idle = shares
+        self._scale(size, f": the learner waited {waited:.0%} of the time, the actors {idle:.0%}")
 
     def status(self) -> dict[str, Any]:
         """What everybody does now, as JSON."""
@@ -224,19 +214,19 @@ class Supervisor:
             "time": time.time(),
             "version": ledger.version,
             "step": ledger.step,
-            "learner": clock_status(self._learner, now),
+            "learner": clock_status(self.journal.learner, now),
             "queue": {
                 "waiting": ledger.num_waiting,
                 "in_flight": ledger.num_in_flight,
                 "done": ledger.num_done,
             },
-            "counts": ledger.counts | {"actors_lost": self._actors_lost},
+            "counts": ledger.counts | {"actors_lost": self.journal.actors_lost},
             "target": self._target,
             "range": [self._settings.low, self._settings.high],
             "pinned": self._pinned,
             "actors": [seat.status(now) for seat in self._seats.values()],
-            "weights_fetch_s": self._fetch_s,
-            "events": list(self._events),
+            "weights_fetch_s": self.journal.fetch_s,
+            "events": list(self.journal.events),
             "error": str(self._error or ""),
         }
 
@@ -267,8 +257,7 @@ class Supervisor:
             self._error = self._error or error
         finally:
             seat.actor.kill()
-            seconds = seat.clock.seconds(time.monotonic())
-            self._spent = summed([self._spent, seconds])
+            self.journal.retire(seat)
             del self._seats[seat.id]
             self._fill()
             self._wake()
@@ -288,9 +277,12 @@ class Supervisor:
             ledger.lost(flight.id)
             if weights is self._weights:  # nothing can be sampled until there are others
                 self._weights = None
-                self.tell(f"the weights of version {weights.key[1]} are lost with their learner")
+                self.journal.tell(
+                    f"the weights of version {weights.key[1]} are lost with their learner"
+                )
         else:
-            seat.tokens += sum(len(sample.tokens) for group in groups for sample in group.samples)
+            tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
+            self.journal.sampled(seat, tokens)
             seat.loaded = max(seat.loaded, weights.key)
             self._land(ledger, flight, groups)
         seat.work = None
@@ -301,7 +293,6 @@ class Supervisor:
     def _land(self, ledger: Ledger, flight: Flight, groups: list[Group]) -> None:
         """A bundle has come back."""
         self._losses_in_a_row, self._last_landing_s = 0, time.monotonic()
-        self._tokens += sum(len(sample.tokens) for group in groups for sample in group.samples)
         kept = ledger.done(
             flight.id,
             {group.number: group.version for group in groups},
@@ -314,12 +305,14 @@ class Supervisor:
         """An actor is lost; what it was sampling waits again."""
         if seat.leaving and not seat.work:
             return
-        self._actors_lost += 1
+        self.journal.actors_lost += 1
         self._losses_in_a_row += 1
         again = None
         if seat.work and seat.work[0] is self._ledger:
             again = self._ledger.lost(seat.work[1].id)
-        self.tell(f"{seat} is lost: {reason}" + (f"; sampled again: {again}" if again else ""))
+        self.journal.tell(
+            f"{seat} is lost: {reason}" + (f"; sampled again: {again}" if again else "")
+        )
         if again and again.losses >= _MAX_LOSSES_OF_A_BUNDLE:
             self._error = self._error or NanorayError(
                 f"{again} were lost {again.losses} times, with the last actor because: {reason}"
@@ -340,7 +333,7 @@ class Supervisor:
             except Exception:  # its next bundle will bring it to light
                 return
             seat.loaded = max(seat.loaded, weights.key)
-            self._fetch_s = time.monotonic() - start
+            self.journal.fetch_s = time.monotonic() - start
 
         started = [seat for seat in self._seats.values() if seat.clock.state != "starting"]
         await asyncio.gather(*map(send, started))
@@ -362,7 +355,7 @@ class Supervisor:
     def _scale(self, size: int, why: str = "") -> None:
         if size == self._target:
             return
-        self.tell(f"from {self._target} to {size} rollout actors{why}")
+        self.journal.tell(f"from {self._target} to {size} rollout actors{why}")
         self._target = size
         staying = [seat for seat in self._seats.values() if not seat.leaving]
         # Those without work first, and of these the youngest. The others finish their bundle.
@@ -384,47 +377,12 @@ class Supervisor:
         self._news.set()
         self._news = asyncio.Event()
 
-    def _totals(self) -> dict[str, float]:
-        """Seconds of all since the start by who and state, wall clock, and tokens sampled."""
-        now = time.monotonic()
-        actors = summed([self._spent, *(s.clock.seconds(now) for s in self._seats.values())])
-        return {
-            "wall": now,
-            "tokens": self._tokens,
-            **{f"actors {state}": seconds for state, seconds in actors.items()},
-            **{f"learner {state}": s for state, s in self._learner.seconds(now).items()},
-        }
-
-    def _figures(self) -> dict[str, float]:
-        """Numbers of the time since the last batch, and counts of the whole run."""
-        totals = self._totals()
-        since = self._reported.growth(totals)
-        self._reported = Window(totals)
-        counts = self._ledger.counts
-        return {
-            "rollout_tokens_per_s": since["tokens"] / max(since["wall"], 1e-9),
-            "rollout_actors": len(self._seats),
-            "rollout_idle": share(since, "actors idle", "actors busy"),
-            "rollout_busy": share(since, "actors busy", "actors idle"),
-            "learner_idle": share(since, "learner waiting", "learner training"),
-            "learner_busy": share(since, "learner training", "learner waiting"),
-            "weights_fetch_s": self._fetch_s,
-            "groups_done": self._ledger.num_done,
-            **{f"groups_{key}": counts[key] for key in ("redispatched", "dropped", "filtered")},
-            "short_batches": counts["short_batches"],
-            "actors_lost": self._actors_lost,
-        }
-
-    def tell(self, text: str) -> None:
-        _logger.warning("%s", text)
-        self._events.append({"time": time.time(), "text": text})
-
     def _told(self) -> str:
         """How things are, for a message."""
         ledger = self._ledger
         states = Counter(seat.clock.state for seat in self._seats.values())
         actors = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
-        last = f"; last event: {self._events[-1]['text']}" if self._events else ""
+        last = f"; last event: {self.journal.events[-1]['text']}" if self.journal.events else ""
         return (
             f"groups: {ledger.num_done} done, {ledger.num_in_flight} in flight, "
             f"{ledger.num_waiting} waiting; actors: {actors}{last}"

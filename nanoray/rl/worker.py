@@ -22,6 +22,7 @@ from nanoray.rl.algorithms import ALGORITHMS
 from nanoray.rl.groups import Group
 from nanoray.rl.learner import Learner, Scoring, batch_hash
 from nanoray.rl.plan import RlPlan
+from nanoray.rl.supervisor import Taken
 from nanoray.train.chat_evals import ask_together, chat_samples
 from nanoray.train.worker import Hooks, StepOutcome, TrainWorker
 from nanoray.train.world import World
@@ -30,7 +31,7 @@ _MOMENTUM = 0.95  # Muon's, throughout
 
 
 class Rollouts(Protocol):
-    """Where groups come from. Only the first worker asks."""
+    """Where groups come from. All but `take` is asked by the first worker only."""
 
     def begin(self, step: int, ledger: Mapping[str, Any] | None) -> None:
         """Forget what is under way; go on with ``step``, and the ledger of its checkpoint."""
@@ -40,16 +41,20 @@ class Rollouts(Protocol):
         """Sample with these weights (`flat.pack`) from now on; does not wait for anybody."""
         ...
 
-    def take(self, step: int) -> tuple[Sequence[Group], Mapping[str, float]]:
-        """The groups of a step, equally many samples each, and figures for the log; waits for them.
+    def take(self, step: int) -> Taken:
+        """The groups of a step; waits for them. The same answer for every worker.
 
         Raises:
             NanorayError: they cannot be had.
         """
         ...
 
-    def trained(self, numbers: Sequence[int]) -> Mapping[str, Any]:
-        """The groups of these problems are in the weights; returns the ledger for a checkpoint."""
+    def trained(self, step: int) -> None:
+        """The groups of ``step`` are in the weights."""
+        ...
+
+    def ledger(self) -> Mapping[str, Any]:
+        """What a checkpoint keeps: the state after the last trained step."""
         ...
 
 
@@ -139,16 +144,13 @@ class RlWorker(TrainWorker):
     def _step(self, lr_multiplier: float, _momentum: float, decay: float) -> StepOutcome:
         start = time.perf_counter()
         step = self.progress.step
-        taken = self._rollouts.take(step) if self.world.is_first else None
-        taken = self.world.gather(taken)[0]
-        assert taken is not None
-        self._taken, pool_figures = taken
-        groups = self._taken
+        taken = self._rollouts.take(step)
+        self._taken = groups = taken.groups
         wait_s = time.perf_counter() - start
         loss, figures, times = self.learner(groups, lr_multiplier, _MOMENTUM, decay)
         broadcast_s = 0.0
         if self.world.is_first:
-            self._ledger = self._rollouts.trained([group.number for group in groups])
+            self._rollouts.trained(step)
             broadcast_s = self._publish(step + 1)
         tokens = sum(len(g.prompt) + len(s.tokens) for g in groups for s in g.samples)
         record = {
@@ -160,7 +162,7 @@ class RlWorker(TrainWorker):
             "epoch": max(group.number for group in groups) // self.plan.num_questions,
             **_describe(groups, step, self.config["max_new_tokens"]),
             **figures,
-            **pool_figures,
+            **taken.figures,
         }
         own_hash = batch_hash(groups) if self.world.is_first else 0
         return StepOutcome(loss, tokens, {}, own_hash, record)
@@ -170,7 +172,7 @@ class RlWorker(TrainWorker):
         return f"the answers of batch {batch_hash % 2**64:016x} are to problems number {numbers}"
 
     def _position(self) -> Record:
-        return {"ledger": self._ledger}
+        return {"ledger": dict(self._rollouts.ledger())} if self.world.is_first else {}
 
     def _go_on_from(self, meta: Record) -> None:
         self._ledger = meta["ledger"]

@@ -126,7 +126,6 @@ def _parse_part(text: str) -> Part:
 
 def is_file(name: str) -> bool:
     """Whether a part is a file of conversations rather than a task."""
-    """Whether a part's name is a file's path rather than a task's name."""
     return "/" in name or name.endswith((".jsonl", ".jsonl.gz"))
 
 

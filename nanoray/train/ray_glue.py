@@ -44,7 +44,7 @@ Watcher = Callable[[dict[str, Any]], None]
 Run = Callable[[Any, World, Hooks, int], dict[str, Any]]
 
 
-def needs(plan: RunPlan) -> fleet.Needs:
+def needs(plan: RunPlan) -> list[fleet.Needs]:
     """What a run's workers need of a cluster: estimates, on the high side."""
     low, _high = parse_worker_range(plan.config["num_workers"])
     model = plan.model_config
@@ -60,15 +60,17 @@ def needs(plan: RunPlan) -> fleet.Needs:
     data_cpus, object_store = 0, 64 * 2**20
     if isinstance(plan, StreamRunPlan):
         data_cpus, object_store = DATA_CPUS, max(object_store, 8 * plan.unit_bytes())
-    return fleet.Needs(
-        num_workers=low,
-        cpus_per_worker=float(plan.config["cpus_per_worker"]),
-        gpus_per_worker=gpus,
-        data_cpus=data_cpus,
-        memory_bytes_per_worker=int(memory),
-        object_store_bytes=object_store,
-        paths=tuple(path for path in paths if storage.is_local(path)),
-    )
+    return [
+        fleet.Needs(
+            num_workers=low,
+            cpus_per_worker=float(plan.config["cpus_per_worker"]),
+            gpus_per_worker=gpus,
+            other_cpus=data_cpus,
+            memory_bytes_per_worker=int(memory),
+            object_store_bytes=object_store,
+            paths=tuple(path for path in paths if storage.is_local(path)),
+        )
+    ]
 
 
 def with_gpus(plan: Plan, resources: dict[str, float]) -> Plan:

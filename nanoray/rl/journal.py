@@ -1,0 +1,95 @@
+"""The rollout pool's journal: what happened, and where the time of the learner and actors went."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from nanoray.rl.idle import StateClock, Window, share, summed
+from nanoray.rl.ledger import Ledger
+from nanoray.rl.seat import Seat
+
+_logger = logging.getLogger(__name__)
+_MAX_EVENTS = 200
+
+
+class Journal:
+    """Written by the `Supervisor`.
+
+    Attributes:
+        learner: starting, waiting (for a batch) or training.
+        events: the last ones, ``{"time", "text"}``.
+        fetch_s: from the latest publication until the last actor that answered had the weights.
+        actors_lost: in this job.
+    """
+
+    def __init__(self) -> None:
+        self.learner = StateClock("starting", time.monotonic())
+        self.events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
+        self.fetch_s = 0.0
+        self.actors_lost = 0
+        self._tokens = 0
+        self._spent: dict[str, float] = {}  # seconds of the actors that are no more
+        self._reported = self._watched = Window(self._totals(()))
+
+    def tell(self, text: str) -> None:
+        """Something that people want to know of."""
+        _logger.warning("%s", text)
+        self.events.append({"time": time.time(), "text": text})
+
+    def sampled(self, seat: Seat, tokens: int) -> None:
+        seat.tokens += tokens
+        self._tokens += tokens
+
+    def retire(self, seat: Seat) -> None:
+        """The actor is no more; its time still counts."""
+        self._spent = summed([self._spent, seat.clock.seconds(time.monotonic())])
+
+    def figures(self, seats: Iterable[Seat], ledger: Ledger) -> dict[str, float]:
+        """For the log: shares and speed since the last call, and counts of the whole run."""
+        seats = list(seats)
+        totals = self._totals(seats)
+        since = self._reported.growth(totals)
+        self._reported = Window(totals)
+        counts = ledger.counts
+        return {
+            "rollout_tokens_per_s": since["tokens"] / max(since["wall"], 1e-9),
+            "rollout_actors": len(seats),
+            "rollout_idle": share(since, "actors idle", "actors busy"),
+            "rollout_busy": share(since, "actors busy", "actors idle"),
+            "learner_idle": share(since, "learner waiting", "learner training"),
+            "learner_busy": share(since, "learner training", "learner waiting"),
+            "weights_fetch_s": self.fetch_s,
+            "groups_done": ledger.num_done,
+            **{f"groups_{key}": counts[key] for key in ("redispatched", "dropped", "filtered")},
+            "short_batches": counts["short_batches"],
+            "actors_lost": self.actors_lost,
+        }
+
+    def idle_shares(self, seats: Iterable[Seat], window_s: float) -> tuple[float, float] | None:
+        """Of the learner and of the actors on average, once a window is over; else None."""
+        totals = self._totals(seats)
+        window = self._watched.growth(totals)
+        if window["wall"] < window_s:
+            return None
+        self._watched = Window(totals)
+        if self.learner.state == "starting":
+            return None
+        return (
+            share(window, "learner waiting", "learner training"),
+            share(window, "actors idle", "actors busy"),
+        )
+
+    def _totals(self, seats: Iterable[Seat]) -> dict[str, float]:
+        """Seconds since the start by who and state, wall clock, and tokens."""
+        now = time.monotonic()
+        actors = summed([self._spent, *(seat.clock.seconds(now) for seat in seats)])
+        return {
+            "wall": now,
+            "tokens": self._tokens,
+            **{f"actors {state}": seconds for state, seconds in actors.items()},
+            **{f"learner {state}": s for state, s in self.learner.seconds(now).items()},
+        }
