@@ -25,6 +25,7 @@ COMMANDS = {
     "pretrain_s": job("jobs.pretrain", "--config", "jobs/demo_pretrain.yaml"),
     "sft_s": job("jobs.sft", "--config", "jobs/demo_sft.yaml"),
     "eval_s": job("jobs.eval", "chat", "--config", "jobs/demo_eval.yaml"),
+    "rl_s": job("jobs.rl", "--config", "jobs/demo_rl.yaml"),
 }
 
 
@@ -56,6 +57,11 @@ def chat_accuracies(home: str) -> dict[str, float]:
     return {name: round(value, 4) for name, value in metrics.items()}
 
 
+def practised(home: str) -> dict[str, float]:
+    metrics = json.loads(storage.read_bytes(f"{home}/runs/demo-rl/summary.json"))["metrics"]
+    return {f"rl {when}": round(metrics[f"{when}/pass@1"], 4) for when in ("before", "after")}
+
+
 def main() -> None:
     home = environment()["NANORAY_HOME"] + "-demo"
     shutil.rmtree(home, ignore_errors=True)
@@ -75,6 +81,7 @@ def main() -> None:
         "val_bpb": round(summary["val_bpb"], 4),
         "gzip_9_bpb": round(8 * len(gzip.compress(text, 9)) / len(text), 4),
         **chat_accuracies(home),
+        **practised(home),
     }
     print(json.dumps(result))
 

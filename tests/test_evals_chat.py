@@ -300,7 +300,7 @@ def test_judges_wait_together() -> None:
 
 def test_what_has_no_judge_is_refused() -> None:
     suite = ChatSuite(("arithmetic", "identity"), Sources())
-    with pytest.raises(NanorayError, match=r"identity is for training: .* out of --tasks"):
+    with pytest.raises(NanorayError, match=r"identity is for training: .* leave it out"):
         suite.items()
 
 

@@ -101,7 +101,7 @@ def test_a_spent_budget_gives_a_short_batch_and_nothing_left_an_error() -> None:
     while flights := all_work(ledger):
         for flight in flights:
             land(ledger, flight, degenerate=flight.bundle.numbers)
-    with pytest.raises(NanorayError, match="no group of step 1 teaches anything.* 2 refills"):
+    with pytest.raises(NanorayError, match=r"no group of step 1 teaches anything.* 2 refills"):
         ledger.take()
 
 

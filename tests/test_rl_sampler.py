@@ -1,4 +1,4 @@
-"""The sampler: its groups are a function of weights, bundle and seed, and say how they came about."""
+"""The sampler: its groups are a function of weights, bundle and seed, and true to the model."""
 
 from __future__ import annotations
 
@@ -135,12 +135,12 @@ def test_logprobs_are_of_the_truncated_distribution(settings: SamplerSettings) -
 def test_a_tool_call_is_answered_and_its_output_marked_as_forced(
     settings: SamplerSettings,
 ) -> None:
-    ids = {name: TOKENIZER.special_id(f"<|{name}|>") for name in
-           ("assistant_start", "python_start", "python_end", "output_end", "assistant_end")}  # fmt: skip
-    chain = [ids["assistant_start"], ids["python_start"], *b"2*3", ids["python_end"]]
-    model = scripted(chain)
+    begin, call, call_end, after, end = (
+        TOKENIZER.special_id(f"<|{name}|>")
+        for name in ("assistant_start", "python_start", "python_end", "output_end", "assistant_end")
+    )
+    model = scripted([begin, call, *b"2*3", call_end])
     with torch.no_grad():  # after the output, the end
-        end, after = ids["assistant_end"], ids["output_end"]
         model.lm_head.weight[end] += model.transformer["wte"].weight[after] / 4
     settings = replace(settings, model=model.config.to_dict(), top_k=1, num_samples=2)
     # The script's model has a context of 64, too short for most questions.

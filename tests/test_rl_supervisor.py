@@ -1,9 +1,10 @@
-"""The pool's mind with actors that are a few lines each: losses, waits, sizes, timelines. No Ray."""
+"""The pool's mind, with actors of a few lines each: losses, waits, sizes, timelines. No Ray."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import random
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,7 @@ class FakeActor:
         self.key = max(self.key, weights.key)
         version = self.key[1]
         await self._unless_killed(self.world.before_sample(self, numbers))
+        version = min(version, self.key[1])  # lower after a change of timelines
         return [make_group(n, version, self.world.rewards(n)) for n in numbers]
 
     def kill(self) -> None:
@@ -421,6 +423,46 @@ def test_a_slow_actor_never_makes_staleness_exceed_its_bound() -> None:
         assert len(trained) == len(set(trained)) == 160
         counts = world.supervisor.status()["counts"]
         assert counts["dropped"] >= 2, "and what was dropped was counted"
+        await world.supervisor.close()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_chaos_trains_every_prompt_at_most_once(seed: int) -> None:
+    async def scenario() -> None:
+        rng = random.Random(seed)
+        staleness = seed % 3
+        budget = 40 if seed >= 3 else None
+        world = World(low=2, max_staleness=staleness, refill_budget=budget)
+        world.rewards = lambda number: (1.0, number % 3 / 2)  # type: ignore[method-assign]
+
+        async def trouble(actor: FakeActor, numbers: Sequence[int]) -> None:
+            await asyncio.sleep(rng.choice([0, 0, 0.001, 0.004]))
+            if rng.random() < 0.1:
+                actor.kill()
+                await asyncio.sleep(0)
+
+        world.before_sample = trouble  # type: ignore[method-assign]
+        await world.supervisor.begin("0", 0, None)
+        trained: list[int] = []
+        saved: tuple[int, list[int], Any] = (0, [], None)
+        step = 0
+        for attempt in range(3):
+            for _ in range(15):
+                world.supervisor.resize(rng.randint(1, 4))
+                trained += await world.step(step, str(attempt))
+                step += 1
+                assert len(trained) == len(set(trained)) == 4 * step
+                if rng.random() < 0.3:
+                    state = await world.supervisor.ledger_state(str(attempt))
+                    saved = (step, list(trained), json.loads(json.dumps(state)))
+            step, trained, state = saved[0], list(saved[1]), saved[2]
+            await world.supervisor.begin(str(attempt + 1), step, state)
+        if budget is not None:
+            assert all(number % 3 != 2 for number in trained)
+        elif staleness == 0:
+            assert trained == list(range(4 * step))
         await world.supervisor.close()
 
     run(scenario())

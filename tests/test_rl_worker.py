@@ -60,7 +60,7 @@ def test_a_run_to_its_end_and_what_it_leaves(base: str) -> None:
     summary = worker.run()
     worker.close()
     assert (summary["stage"], summary["status"], summary["step"]) == ("rl", "finished", 3)
-    assert {"pass@1 before", "pass@2 before", "pass@1 after"} <= summary["metrics"].keys()
+    assert {"before/pass@1", "before/pass@2", "after/pass@1"} <= summary["metrics"].keys()
     lines = Path(plan.run_dir, "metrics.jsonl").read_text().splitlines()
     steps = [record for record in map(json.loads, lines) if "loss" in record]
     wanted = {"reward", "entropy", "clip_fraction", "ratio_mean", "ess", "mismatch_kl", "staleness",

@@ -4,8 +4,9 @@
     completions = engine.generate([prompt], SamplingParams(temperature=0))
     async for delta in engine.stream(prompt, params): ...
 
-Six files, in reading order: slots (which sequence lies where), cached (the forward pass over
-slots), sampling, request (text, stops, tools), scheduler (the step), engine (the door). No Ray.
+Seven files, in reading order: slots (which sequence lies where), weights (folded and packed),
+cached (the forward pass over slots), sampling, request (text, stops, tools), scheduler (the step),
+engine (the door). No Ray.
 """
 
 from nanoray.engine.cached import CachedModel, KVCache

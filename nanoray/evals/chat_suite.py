@@ -60,7 +60,8 @@ class ChatSuite:
         for name, task in tasks.items():
             if task.kind == "conversation":
                 raise NanorayError(
-                    f"{name} is for training: nothing says which answer to it is right; leave it out"
+                    f"{name} is for training: nothing says which answer to it is right; leave it "
+                    f"out"
                 )
         return {name: task.slice(stop=self._limit(task)) for name, task in tasks.items()}
 

@@ -89,8 +89,8 @@ class RlPlan(RunPlan):
             f"model      {self.base}: depth {model.n_layer}, width {model.n_embd}, "
             f"{self.num_parameters:,} parameters",
             f"problems   {self.num_questions:,} of {config['task']}",
-            f"horizon    {self.num_iterations:,} steps of {questions} problems x {samples} answers of "
-            f"at most {config['max_new_tokens']} tokens, {config['algorithm']}",
+            f"horizon    {self.num_iterations:,} steps of {questions} problems x {samples} answers "
+            f"of at most {config['max_new_tokens']} tokens, {config['algorithm']}",
             f"sampling   {config['rollout_actors']} actors, temperature {config['temperature']:g}, "
             f"top-k {config['top_k']}, "
             + (f"at most {behind} steps behind" if behind else "in step with the learner"),

@@ -1,8 +1,8 @@
 """The rollout pool on Ray: a supervising actor, the actors that sample, and the learner's side.
 
 `start_pool` starts the supervising actor on the driver's node (it needs no CPU, and lives as long
-as the driver); every learner worker talks to it through a `PoolClient`. Nobody shares a collective: a
-version of the weights is one object in the object store, which whoever samples fetches.
+as the driver); every learner worker talks to it through a `PoolClient`. There is no collective that
+could hang: a version of the weights is one object in the object store, which the actors fetch.
 """
 
 from __future__ import annotations

@@ -293,13 +293,14 @@ class Supervisor:
     def _land(self, ledger: Ledger, flight: Flight, groups: list[Group]) -> None:
         """A bundle has come back."""
         self._losses_in_a_row, self._last_landing_s = 0, time.monotonic()
+        if ledger is not self._ledger:  # of a timeline that is over
+            return
         kept = ledger.done(
             flight.id,
             {group.number: group.version for group in groups},
             {group.number for group in groups if group.degenerate},
         )
-        if ledger is self._ledger:  # and not of a timeline that is over
-            self._groups |= {group.number: group for group in groups if group.number in kept}
+        self._groups |= {group.number: group for group in groups if group.number in kept}
 
     def _lose(self, seat: Seat, reason: str) -> None:
         """An actor is lost; what it was sampling waits again."""

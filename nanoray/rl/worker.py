@@ -189,7 +189,7 @@ class RlWorker(TrainWorker):
         pass_at = {"pass@1": metrics[f"chat/{self.config['task']}"]} | {
             name.rsplit("/", 1)[1]: value for name, value in metrics.items() if "/pass@" in name
         }
-        self.progress.evals |= {f"{name} {when}": value for name, value in pass_at.items()}
+        self.progress.evals |= {f"{when}/{name}": value for name, value in pass_at.items()}
         if self.log:
             seconds = {"eval_s": time.perf_counter() - start}
             self.log.log({"step": self.progress.step, **pass_at, **seconds})

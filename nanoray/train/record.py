@@ -181,12 +181,7 @@ def summary(
         "loss": progress.loss,
         "val_bpb": progress.val_bpb,
         "min_val_bpb": progress.min_val_bpb,
-        "metrics": {
-            "documents": progress.documents,
-            "documents_skipped": progress.documents_skipped,
-            "cropped_fraction": progress.tokens_cropped / max(1, progress.tokens_in),
-            **own_metrics,
-        },
+        "metrics": own_metrics,
     }
 
 

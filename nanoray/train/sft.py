@@ -88,6 +88,7 @@ class SftWorker(StreamWorker):
     def _own_metrics(self) -> dict[str, Any]:
         plan = self.plan
         return {
+            **super()._own_metrics(),
             "conversations_truncated": plan.truncated,
             "conversations_left_out": plan.left_out,
             "padding_fraction": plan.padding,

@@ -122,6 +122,14 @@ class StreamWorker(TrainWorker):
             self.log.log({"step": self.progress.step, **record})
         return record
 
+    def _own_metrics(self) -> dict[str, Any]:
+        progress = self.progress
+        return {
+            "documents": progress.documents,
+            "documents_skipped": progress.documents_skipped,
+            "cropped_fraction": progress.tokens_cropped / max(1, progress.tokens_in),
+        }
+
     def _position(self) -> Record:
         # Only the worker of the slab's first block knows where the slab begins.
         known = self.slab.unit * 2**32 + self.slab.row if self.slab else -1
