@@ -99,7 +99,7 @@ def test_a_decoding_step_reads_matrices_and_what_the_windows_show(use_home: Path
         (["core", "--run=tiny", "--bundle=/nowhere"], "core.yaml"),
         (["chat", "--run=tiny", "--tasks=chess"], "no task 'chess'"),
         (["chat", "--run=tiny", "--tasks=arithmetic,identity"], "identity is for training"),
-        (["chat", "--run=tiny", "--tasks=spelling-bee"], "give --words"),
+        (["chat", "--run=tiny", "--tasks=spelling-bee", "--words=/nowhere"], "/nowhere"),
         (["chat", "--run=tiny", "--tasks=arc-easy", "--data-dir=/nowhere"], "/nowhere"),
         (["sample", "--run=tiny", "--num-actors=500"], "500 workers"),
     ],

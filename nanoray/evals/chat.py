@@ -60,12 +60,10 @@ class LetterLogits:
         tokens_BT = torch.zeros(B, T, dtype=torch.long)
         for row_T, prompt in zip(tokens_BT, prompts):
             row_T[: len(prompt)] = torch.tensor(prompt)
-        hidden_BTD = self._model.forward(
-            self._room(B, T), range(B), [0] * B, tokens_BT, lengths, [-1] * B
+        hidden_B1D = self._model.forward(
+            self._room(B, T), range(B), [0] * B, tokens_BT, lengths, [-1] * B, last_only=True
         )
-        rows_B = torch.arange(B, device=hidden_BTD.device)
-        ends_B = torch.tensor(lengths, device=hidden_BTD.device) - 1
-        logits_BV = self._model.logits(hidden_BTD[rows_B, ends_B])
+        logits_BV = self._model.logits(hidden_B1D[:, 0])
         return logits_BV[:, list(token_ids)].cpu()
 
     def _room(self, num_slots: int, length: int) -> KVCache:

@@ -24,6 +24,7 @@ from nanoray.errors import NanorayError
 from nanoray.evals.chat import answer_text
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT
+from nanoray.model.heap import keep_freed_memory
 from nanoray.model.precision import pick_compute_dtype, pick_device
 from nanoray.rl import flat
 from nanoray.rl.groups import Group, Sample
@@ -70,7 +71,12 @@ class SamplerSettings:
     reward_deadline_s: float = 15.0
 
     def open(self) -> Sampler:
-        """Raises NanorayError: the task's data or the tokenizer cannot be had."""
+        """To be called in a process of the sampler's own.
+
+        Raises:
+            NanorayError: the task's data or the tokenizer cannot be had.
+        """
+        keep_freed_memory()
         rewards = RewardPool(self.problems, self.reward_workers, self.reward_deadline_s)
         return Sampler(self, rewards.judge)
 
