@@ -47,7 +47,7 @@ from nanoray.rl.supervisor import PoolSettings
 from nanoray.tasks.catalog import Sources, load_task
 from nanoray.tools import calculate
 
-QUESTIONS, BUNDLE, SAMPLES, MAX_NEW, TOP_K, SEED = 8, 4, 16, 128, 50, 42
+QUESTIONS, BUNDLE, SAMPLES, MAX_NEW, TOP_K, SEED = 16, 4, 16, 128, 50, 42
 PEER_BATCH = 8  # nanochat's --device-batch-size
 TOKEN_S = 0.002  # injected latency of a decoded token
 TRAIN_S = 0.4

@@ -56,7 +56,9 @@ class RlConfig(TrainConfig):
     rollout_actors: WorkerRange = Field(
         "1", description="actors that sample, or MIN:MAX for a pool that grows and shrinks"
     )
-    rollout_cpus: float = Field(1, gt=0, description="logical CPUs that a rollout actor reserves")
+    rollout_cpus: float = Field(
+        1, gt=0, description="logical CPUs that a rollout actor reserves, and its threads"
+    )
     rollout_gpus: float | None = Field(
         None, ge=0, description="GPUs of a rollout actor, fractions too (default: 1 where any are)"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -60,8 +59,10 @@ def fit(plan: RlPlan, lease: Lease, watch: ray_glue.Watcher) -> dict[str, Any]:
     """
     config = plan.config
     low, high = parse_worker_range(config["rollout_actors"])
+    # Not the cores shared among the actors: answers must not depend on how many there are.
+    num_threads = max(1, int(config["rollout_cpus"]))
     pool = start_pool(
-        sampler_settings(plan, _threads_per_actor(plan, high)).open,
+        sampler_settings(plan, num_threads).open,
         ledger_rules(plan),
         PoolSettings(low, high, bundle_deadline_s=config["rollout_deadline_s"]),
         run_dir=plan.run_dir,
@@ -72,17 +73,6 @@ def fit(plan: RlPlan, lease: Lease, watch: ray_glue.Watcher) -> dict[str, Any]:
         return ray_glue.fit(plan, lease, watch, partial(_run, pool))
     finally:
         close_pool(pool)
-
-
-def _threads_per_actor(plan: RlPlan, actors: int) -> int:
-    """torch threads: a fixed number, so that answers do not depend on how many actors there are.
-
-    On one machine without GPUs they share the cores, whatever they reserve.
-    """
-    reserved = max(1, int(plan.config["rollout_cpus"]))
-    if fleet.on_cluster() or plan.config["rollout_gpus"]:
-        return reserved
-    return max(reserved, (os.cpu_count() or 1) // actors)
 
 
 def _run(pool: Any, plan: RlPlan, world: World, hooks: Hooks, start_step: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ MAY_CHANGE = {
     "save_every", "keep_checkpoints", "log_every", "num_workers", "cpus_per_worker",
     "gpus_per_worker", "max_failures", "compile_mode", "wandb", "dashboard", "spike_factor",
     "chatcore_every", "chatcore_tasks", "chatcore_max_cat", "chatcore_max_sample",
-    "chatcore_max_tokens", "rollout_actors", "rollout_cpus", "rollout_gpus", "rollout_deadline_s",
+    "chatcore_max_tokens", "rollout_actors", "rollout_gpus", "rollout_deadline_s",
     "reward_deadline_s", "eval_examples", "eval_samples",
 }  # fmt: skip
 # And these, one way: what an error message offers as a mend. Where nothing is bad, both compute
