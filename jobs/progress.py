@@ -61,6 +61,8 @@ class ProgressPrinter:
     def __call__(self, record: dict[str, Any]) -> None:
         if "warning" in record:
             self._print(f"warning: {record['warning']}")
+        elif "event" in record:
+            self._print(f"rollouts: {record['event']}")
         elif "workers" in record:
             self._print("workers " + ", ".join(record["workers"]))
         elif "samples" in record:

@@ -34,10 +34,13 @@ def status(config: RlStatusConfig) -> int:
     age_s = time.time() - found["time"]
     console = Console(highlight=False)
     alive = "" if age_s < _STALE_S else f" (last sign of life {age_s:,.0f} s ago)"
+    if found["error"]:
+        alive = f" (over: {found['error']})"
     queue, counts, learner = found["queue"], found["counts"], found["learner"]
     console.print(
         f"run {config.run}{alive}: next step {found['step']}, weights of version "
-        f"{found['version']}, learner {learner['state']} for {learner['age_s']:.0f} s"
+        f"{found['version']}, learner {learner['state']} for {learner['age_s']:.0f} s",
+        markup=False,
     )
     states = [f"{number} {state.replace('_', ' ')}" for state, number in queue.items()]
     events = [f"{number} {what.replace('_', ' ')}" for what, number in counts.items()]
@@ -59,8 +62,6 @@ def status(config: RlStatusConfig) -> int:
     console.print(table)
     for event in found["events"][-5:]:
         console.print(f"{time.time() - event['time']:,.0f} s ago: {event['text']}", markup=False)
-    if found["error"]:
-        console.print(f"error: {found['error']}", markup=False)
     return 0
 
 
@@ -68,11 +69,13 @@ def scale(config: RlScaleConfig) -> int:
     """Have the pool of a running job get another size."""
     from nanoray.rl.pool import write_scale
 
-    age_s = time.time() - _read_status(config.run)["time"]
-    if age_s > _STALE_S:
+    found = _read_status(config.run)
+    age_s = time.time() - found["time"]
+    if found["error"] or age_s > _STALE_S:
+        why = found["error"] or f"its last sign of life was {age_s:,.0f} s ago"
         raise NanorayError(
-            f"run {config.run} is not running (its last sign of life was {age_s:,.0f} s ago); "
-            f"start it with --rollout-actors {config.actors}"
+            f"run {config.run} is not running ({why}); start it with "
+            f"--rollout-actors {config.actors}"
         )
     write_scale(storage.run_dir(config.run), config.actors)
     print(f"run {config.run} is told to have {config.actors} rollout actors")

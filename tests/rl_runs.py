@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pretrain_runs import run_plan
+from sft_runs import make_base, sft_plan
 
 from nanoray.config import RlConfig
 from nanoray.rl.groups import Group
@@ -41,6 +45,42 @@ def rl_plan(base: str, run: str, **changes: Any) -> RlPlan:
     plan = make_rl_plan(RlConfig.parse(rl_flags(base, run, **changes), "test"))
     plan.prepare()
     return plan
+
+
+GUESSES = ("5", "6")  # what a guesser answers; the first one is right
+
+
+def make_guesser(corpus: str, tokenizer_dir: str, folder: Path) -> dict[str, Any]:
+    """A chat model that is right about half of the time: flags of a run that practises with it.
+
+    Rewards, and with them gradients, are thus not all zero.
+    """
+    questions = [f"Question {number}: how many?" for number in range(80)]
+    for name, asked in (("train", questions[:64]), ("test", questions[64:])):
+        rows = [{"question": question, "answer": f"#### {GUESSES[0]}"} for question in asked]
+        _write_lines(folder / "data" / "gsm8k" / f"{name}.jsonl", rows)
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": f"#### {guess}"},
+            ]
+        }
+        for question in questions
+        for guess in GUESSES
+    ]
+    _write_lines(folder / "chats.jsonl", chats)
+    base = make_base(corpus, tokenizer_dir, "base", max_seq_len=128, total_batch_size=512)
+    plan = sft_plan(
+        base, str(folder / "chats.jsonl"), "guesser", num_iterations=40, init_lr_frac=1.0
+    )
+    assert run_plan(plan)["status"] == "finished"
+    return {"base": plan.run_dir, "task": "gsm8k", "data_dir": str(folder / "data")}
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class LocalRollouts:

@@ -216,4 +216,7 @@ def test_resume_refuses_another_algorithm(base: str) -> None:
     assert check_resume(plan), "it is finished"
     with pytest.raises(NanorayError, match="--algorithm: was reinforce, is grpo"):
         check_resume(rl_plan(base, "kept", num_iterations=1, algorithm="grpo"))
+    # What is sampled together has a part in the last bits of what is sampled.
+    with pytest.raises(NanorayError, match="--questions-per-call: was 2, is 1"):
+        check_resume(rl_plan(base, "kept", num_iterations=1, questions_per_call=1))
     assert check_resume(rl_plan(base, "kept", num_iterations=1, rollout_actors="1:4"))

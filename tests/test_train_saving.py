@@ -15,6 +15,7 @@ from pretrain_runs import losses, run_plan, tiny_plan, work
 
 from nanoray.checkpoint import Checkpoint, CheckpointWriter, SaveFailedError, Snapshot, list_steps
 from nanoray.lease import LeaseLostError
+from nanoray.train.run_plan import RunPlan
 from nanoray.train.saving import AgreedSaves
 from nanoray.train.world import World
 
@@ -74,7 +75,7 @@ def test_the_last_save_is_tried_again(home: Path, corpus: str, tokenizer_dir: st
 
 
 def work_with_failures(
-    rank: int, world_size: int, plan: dict[str, Any], failing_rank: int, times: int
+    rank: int, world_size: int, plan: RunPlan, failing_rank: int, times: int
 ) -> str:
     saves = FailingSaves(10, times, failing_rank)
     with saves.patch():
@@ -92,7 +93,7 @@ def test_workers_try_again_together(
     home: Path, corpus: str, tokenizer_dir: str, failing_rank: int, save_every: int
 ) -> None:
     plan = tiny_plan(corpus, tokenizer_dir, "shaken", save_every=save_every)
-    ended = run_gloo(work_with_failures, 2, plan.to_dict(), failing_rank, 1)
+    ended = run_gloo(work_with_failures, 2, plan, failing_rank, 1)
     assert ended == ["finished"] * 2
     assert list(losses(plan)) == list(range(1, STEPS + 1))
     with Checkpoint(plan.checkpoints_dir, STEPS) as checkpoint:
@@ -102,7 +103,7 @@ def test_workers_try_again_together(
 @pytest.mark.slow
 def test_workers_give_up_together(home: Path, corpus: str, tokenizer_dir: str) -> None:
     plan = tiny_plan(corpus, tokenizer_dir, "lost", save_every=5)
-    ended = run_gloo(work_with_failures, 2, plan.to_dict(), 1, 99)
+    ended = run_gloo(work_with_failures, 2, plan, 1, 99)
     assert all("No space left on device" in reason for reason in ended), "every worker raises"
     assert list_steps(plan.checkpoints_dir) == [5]
 

@@ -141,6 +141,7 @@ class Needs:
         cpus_per_worker, gpus_per_worker: logical resources of each.
         other_cpus, other_gpus: what must be left for others.
         others: who they are.
+        flags: what to lower where there is too little; ``{}`` stands for cpus or gpus.
         memory_bytes_per_worker: estimate of weights, gradients, states and activations.
         object_store_bytes: blocks in flight.
         paths: local files or folders that every node must see.
@@ -155,6 +156,7 @@ class Needs:
     paths: tuple[str, ...] = ()
     other_gpus: float = 0
     others: str = "data tasks"
+    flags: str = "--num-workers or --{}-per-worker"
 
 
 def local_resources() -> dict[str, float]:
@@ -187,12 +189,12 @@ def check_resources(needs: Needs, have: dict[str, float], where: str) -> None:
         raise NanorayError(
             f"{needs.num_workers} workers of {needs.cpus_per_worker:g} CPUs and "
             f"{needs.other_cpus:g} for {needs.others} need {cpus:g} logical CPUs, but {where} has "
-            f"{have.get('CPU', 0):g}; lower --num-workers or --cpus-per-worker, or add nodes"
+            f"{have.get('CPU', 0):g}; lower {needs.flags.format('cpus')}, or add nodes"
         )
     if have.get("GPU", 0) < gpus:
         raise NanorayError(
             f"{needs.num_workers} workers need {gpus:g} GPUs, but {where} has "
-            f"{have.get('GPU', 0):g}; lower --num-workers or --gpus-per-worker, or add GPU nodes"
+            f"{have.get('GPU', 0):g}; lower {needs.flags.format('gpus')}, or add GPU nodes"
         )
     if have.get("memory", memory) < memory:
         raise NanorayError(
@@ -219,8 +221,8 @@ def check_places(needs: Needs, nodes: Sequence[dict[str, float]]) -> None:
         gpus = f" and {needs.gpus_per_worker:g} GPUs" if needs.gpus_per_worker else ""
         raise NanorayError(
             f"a worker needs {needs.cpus_per_worker:g} CPUs{gpus} on one node, and the nodes have "
-            f"room for {places} of {needs.num_workers}; lower --cpus-per-worker or --num-workers, "
-            f"or add larger nodes"
+            f"room for {places} of {needs.num_workers}; lower {needs.flags.format('cpus')}, or add "
+            f"larger nodes"
         )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Recipe = Literal["july", "february"]
@@ -186,6 +186,11 @@ def _muon_groups(
         )
         for shape, names in sorted(by_shape.items())
     ]
+
+
+def scale_rates(groups: Sequence[ParamGroup], factor: float) -> list[ParamGroup]:
+    """The same groups with every learning rate times ``factor``, those that no flag sets too."""
+    return [replace(group, lr=group.lr * factor) for group in groups]
 
 
 def backward_order(names: Sequence[str]) -> list[str]:

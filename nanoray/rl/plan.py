@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,13 +17,14 @@ from nanoray.model.config import GPTConfig
 from nanoray.rl.algorithms import ALGORITHMS
 from nanoray.rl.ledger import LedgerRules
 from nanoray.rl.reward_worker import TaskReward
-from nanoray.rl.sampler import SamplerSettings
+from nanoray.rl.sampler import SamplerSettings, example_index, prompt_ids
 from nanoray.tasks.base import Task
 from nanoray.tasks.catalog import SPELLING, Sources, load_task
-from nanoray.tokenizer import load_tokenizer
+from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.run_plan import RunPlan
 
 _MAX_SLOTS = 64  # more rows make a decoding step longer, not better
+_MAX_CHECKED = 20_000  # prompts that are measured before a start: a second or two
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def make_rl_plan(config: RlConfig) -> RlPlan:
 
     Raises:
         NanorayError: no such chat model, no such task or its data is not there, a task that
-            cannot be rewarded, a horizon of no step.
+            cannot be rewarded, a problem longer than the context, a horizon of no step.
     """
     assert config.from_run
     root, step = find_checkpoint(config.from_run, config.from_step)
@@ -134,6 +136,9 @@ def make_rl_plan(config: RlConfig) -> RlPlan:
             f"{config.num_epochs:g} epochs of {len(task)} problems are not one step of "
             f"{config.questions_per_step}; raise --num-epochs or lower --questions-per-step"
         )
+    asked = min(steps * config.questions_per_step, len(task), _MAX_CHECKED)
+    order = (example_index(number, len(task), config.seed) for number in range(asked))
+    _check_prompts(task, order, tokenizer, model.sequence_len)
     resolved = config.model_dump(mode="json") | {"run": run, "recipe": model.recipe}
     return RlPlan(
         config=resolved | {"data_dir": sources.data_dir, "words": sources.words},
@@ -151,6 +156,16 @@ def make_rl_plan(config: RlConfig) -> RlPlan:
         sources={"data_dir": sources.data_dir, "words": sources.words},
         num_questions=len(task),
     )
+
+
+def _check_prompts(task: Task, indices: Iterable[int], tokenizer: Tokenizer, max_len: int) -> None:
+    """Raises NanorayError: one of the examples' prompts is longer than the context."""
+    for index in indices:
+        messages = task.example(index)["messages"]
+        num_bytes = sum(len(str(message["content"]).encode()) for message in messages)
+        marks = 2 * len(messages) + 2
+        if num_bytes + marks > max_len:  # a token is a byte or more
+            prompt_ids(task, index, tokenizer, max_len)
 
 
 def ledger_rules(plan: RlPlan) -> LedgerRules:

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,6 +32,7 @@ STATUS_FILE = "rl_status.json"
 SCALE_FILE = "rl_scale.json"
 _LOCAL_PERIOD_S = 1.0
 _REMOTE_PERIOD_S = 10.0  # an object store has seen enough by then
+_EVENTS_PERIOD_S = 1.0
 _FETCH_DEADLINE_S = 120.0
 _MAX_ACTORS = 1000
 
@@ -146,7 +147,7 @@ class _PoolActor:
     async def close(self) -> None:
         self._keeper.cancel()
         await self.supervisor.close()
-        write_status(self.supervisor, self._run_dir)
+        write_status(self.supervisor.status(), self._run_dir)
 
 
 def start_pool(
@@ -188,6 +189,31 @@ def close_pool(pool: Any) -> None:
     with contextlib.suppress(ray.exceptions.RayError):
         ray.get(pool.close.remote(), timeout=10)
     ray.kill(pool)
+
+
+@contextlib.contextmanager
+def events_told(pool: Any, tell: Callable[[str], None]) -> Iterator[None]:
+    """While open, ``tell`` gets the text of every event of the pool, from a thread."""
+    over = threading.Event()
+
+    def follow() -> None:
+        told_s = 0.0
+        last_look = False
+        while not last_look:
+            last_look = over.wait(_EVENTS_PERIOD_S)
+            with contextlib.suppress(ray.exceptions.RayError):  # that the learner will tell
+                for event in ray.get(pool.status.remote(), timeout=10)["events"]:
+                    if event["time"] > told_s:
+                        told_s = event["time"]
+                        tell(event["text"])
+
+    thread = threading.Thread(target=follow, name="pool-events", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 class PoolClient:
@@ -246,7 +272,8 @@ async def keep_books(supervisor: Supervisor, run_dir: str) -> None:
                 seen = version
                 supervisor.resize(await asyncio.to_thread(read_scale, run_dir))
             supervisor.autoscale()
-            await asyncio.to_thread(write_status, supervisor, run_dir)
+            # Only this thread may look at the supervisor, which changes as it runs.
+            await asyncio.to_thread(write_status, supervisor.status(), run_dir)
         except NanorayError as error:
             supervisor.journal.tell(str(error))
         except OSError as error:  # an outage of the storage, which may pass
@@ -254,9 +281,8 @@ async def keep_books(supervisor: Supervisor, run_dir: str) -> None:
         await asyncio.sleep(period_s)
 
 
-def write_status(supervisor: Supervisor, run_dir: str) -> None:
-    text = json.dumps(supervisor.status(), indent=1)
-    storage.write_text(storage.join(run_dir, STATUS_FILE), text + "\n")
+def write_status(status: Mapping[str, Any], run_dir: str) -> None:
+    storage.write_text(storage.join(run_dir, STATUS_FILE), json.dumps(status, indent=1) + "\n")
 
 
 def write_scale(run_dir: str, actors: int) -> None:

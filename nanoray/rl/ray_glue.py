@@ -10,13 +10,14 @@ from nanoray import fleet
 from nanoray.config import parse_worker_range
 from nanoray.lease import Lease
 from nanoray.rl.plan import RlPlan, ledger_rules, sampler_settings
-from nanoray.rl.pool import PoolClient, PoolSettings, close_pool, start_pool
+from nanoray.rl.pool import PoolClient, PoolSettings, close_pool, events_told, start_pool
 from nanoray.rl.worker import RlWorker
 from nanoray.train import ray_glue
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
 _SAMPLER_BYTES = 2**30  # libraries of a rollout actor
+_FLAGS = "--num-workers or --rollout-actors"
 
 
 def with_gpus(plan: RlPlan, resources: dict[str, float]) -> RlPlan:
@@ -34,7 +35,11 @@ def needs(plan: RlPlan) -> list[fleet.Needs]:
     cpus, gpus = float(config["rollout_cpus"]), float(config["rollout_gpus"] or 0)
     (learner,) = ray_glue.needs(plan)
     own = replace(
-        learner, other_cpus=actors * cpus, other_gpus=actors * gpus, others="rollout actors"
+        learner,
+        other_cpus=actors * cpus,
+        other_gpus=actors * gpus,
+        others="rollout actors",
+        flags=_FLAGS,
     )
     rollouts = fleet.Needs(
         num_workers=actors,
@@ -47,12 +52,16 @@ def needs(plan: RlPlan) -> list[fleet.Needs]:
         paths=learner.paths,
         other_gpus=learner.num_workers * learner.gpus_per_worker,
         others="the learner",
+        flags=_FLAGS,
     )
     return [own, rollouts]
 
 
 def fit(plan: RlPlan, lease: Lease, watch: ray_glue.Watcher) -> dict[str, Any]:
     """Start the rollout pool, run the learner until it ends, end the pool.
+
+    Args:
+        watch: gets the learner's records, and from a thread ``{"event": text}`` of the pool.
 
     Raises:
         NanorayError: see `nanoray.train.ray_glue.fit`, and what the pool says.
@@ -70,7 +79,8 @@ def fit(plan: RlPlan, lease: Lease, watch: ray_glue.Watcher) -> dict[str, Any]:
         num_gpus=float(config["rollout_gpus"] or 0),
     )
     try:
-        return ray_glue.fit(plan, lease, watch, partial(_run, pool))
+        with events_told(pool, lambda text: watch({"event": text})):
+            return ray_glue.fit(plan, lease, watch, partial(_run, pool))
     finally:
         close_pool(pool)
 

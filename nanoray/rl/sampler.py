@@ -30,8 +30,9 @@ from nanoray.rl import flat
 from nanoray.rl.groups import Group, Sample
 from nanoray.rl.reward_worker import TaskReward
 from nanoray.rl.rewards import Reward, RewardPool
+from nanoray.tasks.base import Task
 from nanoray.tasks.catalog import load_task
-from nanoray.tokenizer import load_tokenizer
+from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.tools import calculate
 
 # (index of the example, text of the answer) -> their rewards.
@@ -125,7 +126,10 @@ class Sampler:
         torch.set_num_threads(self._settings.num_threads)  # threads have each their own
         self._engine.forget()
         indices = [example_index(n, len(self._task), self._settings.seed) for n in numbers]
-        prompts = [self._prompt(index) for index in indices]
+        prompts = [
+            prompt_ids(self._task, index, self._tokenizer, self._engine.max_len)
+            for index in indices
+        ]
         completions = self._engine.generate(prompts, [self._params(n) for n in numbers])
         for completion in completions:
             if completion.finish_reason not in ("stop", "length"):
@@ -140,16 +144,6 @@ class Sampler:
             for i, (number, prompt) in enumerate(zip(numbers, prompts))
         ]
 
-    def _prompt(self, index: int) -> list[int]:
-        prompt = self._tokenizer.render_for_completion(self._task.example(index))
-        if len(prompt) > self._engine.max_len:
-            raise NanorayError(
-                f"example {index} of {self._task.name} is {len(prompt)} tokens long, and the "
-                f"model's context {self._engine.max_len}; take shorter problems, or a model with "
-                f"a longer context"
-            )
-        return prompt
-
     def _params(self, number: int) -> SamplingParams:
         settings = self._settings
         return SamplingParams(
@@ -159,6 +153,17 @@ class Sampler:
             n=settings.num_samples,
             max_tokens=settings.max_new_tokens,
         )
+
+
+def prompt_ids(task: Task, index: int, tokenizer: Tokenizer, max_len: int) -> list[int]:
+    """What asks example ``index``. Raises NanorayError: it is longer than ``max_len``."""
+    prompt = tokenizer.render_for_completion(task.example(index))
+    if len(prompt) > max_len:
+        raise NanorayError(
+            f"example {index} of {task.name} is {len(prompt)} tokens long, and the model's context "
+            f"{max_len}; take shorter problems, or a model with a longer context"
+        )
+    return prompt
 
 
 def example_index(number: int, num_examples: int, seed: int) -> int:
