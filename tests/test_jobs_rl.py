@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,9 +28,18 @@ ROOT = Path(__file__).parents[1]
 STEPS = 12
 
 
+@pytest.fixture(scope="module")
+def trained(corpus: str, tokenizer_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small base run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANORAY_HOME", str(tmp_path_factory.mktemp("base")))
+        return make_base(corpus, tokenizer_dir, "base", num_iterations=1, max_seq_len=128)
+
+
 @pytest.fixture
-def base(home: Path, corpus: str, tokenizer_dir: str) -> str:
-    make_base(corpus, tokenizer_dir, "base", num_iterations=1, max_seq_len=128)
+def base(home: Path, trained: str) -> str:
+    """Its copy, the run ``base`` of the test's own home."""
+    shutil.copytree(trained, home / "runs" / "base")
     return "base"
 
 
