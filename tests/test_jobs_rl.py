@@ -192,10 +192,13 @@ def test_a_run_its_status_and_the_loss_of_everything(
 
 
 @pytest.mark.slow
-def test_a_shortfall_ends_the_process_within_ten_seconds(base: str) -> None:
-    start = time.monotonic()
-    code, output = Job(rl_flags(base, "mine", rollout_actors="500")).end()
-    assert time.monotonic() - start < 10
-    assert code == 1
-    error = output.splitlines()[-1]
-    assert error.startswith("error: 1 workers of 1 CPUs and 500 for rollout actors need 501")
+def test_a_shortfall_ends_the_process_soon(base: str) -> None:
+    flags = rl_flags(base, "mine", rollout_actors="500")
+    # Before Ray is started, and after: 5 and 9 s where nothing else runs.
+    for more, deadline_s in (["--dry-run"], 15), ([], 30):
+        start = time.monotonic()
+        code, output = Job([*flags, *more]).end()
+        assert time.monotonic() - start < deadline_s
+        assert code == 1
+        error = output.splitlines()[-1]
+        assert error.startswith("error: 1 workers of 1 CPUs and 500 for rollout actors need 501")

@@ -157,8 +157,11 @@ def test_a_killed_actors_bundle_is_sampled_by_another_and_named() -> None:
     async def scenario() -> None:
         world = World(low=2)
 
+        killed: list[int] = []
+
         async def die_once(actor: FakeActor, numbers: Sequence[int]) -> None:
-            if actor.number < 2 and 4 in numbers:
+            if not killed and 4 in numbers:
+                killed.append(actor.number)
                 actor.kill()
             await asyncio.sleep(0.001)
 
