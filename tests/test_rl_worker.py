@@ -93,7 +93,8 @@ def test_stopped_and_resumed_it_is_bitwise_the_same(
         before = base.model_state()
     with Checkpoint(whole.checkpoints_dir, 4) as last:
         after = last.model_state()
-    assert any((before[name] != after[name]).any() for name in before), "there was a gradient"
+    matrices = [name for name in before if ".h." in name]  # these do not decay by themselves
+    assert any((before[name] != after[name]).any() for name in matrices), "there was a gradient"
 
 
 def learner_gradients(
