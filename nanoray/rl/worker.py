@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from nanoray.checkpoint import Checkpoint
 from nanoray.metrics import Record
 from nanoray.model.gpt import GPT
-from nanoray.optim.groups import REFERENCE_BATCH_TOKENS, ParamGroup, build_groups, scale_rates
 from nanoray.optim.schedule import Schedule
 from nanoray.rl import flat
 from nanoray.rl.algorithms import ALGORITHMS
@@ -101,21 +100,6 @@ class RlWorker(TrainWorker):
         with Checkpoint.at(self.plan.base) as base:
             model.load_state_dict(base.model_state())
         return model.requires_grad_(False)
-
-    def _make_groups(self, shapes: dict[str, tuple[int, ...]]) -> list[ParamGroup]:
-        config = self.config
-        groups = build_groups(
-            shapes,
-            config["recipe"],
-            embedding_lr=config["embedding_lr"],
-            unembedding_lr=config["unembedding_lr"],
-            matrix_lr=config["matrix_lr"],
-            scalar_lr=config["scalar_lr"],
-            weight_decay=self.plan.weight_decay,
-            width=self.plan.model_config.n_embd,
-            batch_tokens=REFERENCE_BATCH_TOKENS,  # these rates are not scaled by the batch
-        )
-        return scale_rates(groups, config["init_lr_frac"])
 
     def _make_schedule(self) -> Schedule:
         return Schedule(

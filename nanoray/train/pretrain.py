@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from nanoray.data.plan import validation_rows
 from nanoray.evals.sample import naive_generate, sample_report
-from nanoray.optim.groups import ParamGroup, build_groups
 from nanoray.optim.schedule import Schedule
 from nanoray.train.plan import PretrainPlan
 from nanoray.train.stream_worker import StreamWorker
@@ -19,19 +18,8 @@ class PretrainWorker(StreamWorker):
     def _begin(self) -> None:
         self.model.init_weights(self.config["seed"])
 
-    def _make_groups(self, shapes: dict[str, tuple[int, ...]]) -> list[ParamGroup]:
-        config = self.config
-        return build_groups(
-            shapes,
-            config["recipe"],
-            embedding_lr=config["embedding_lr"],
-            unembedding_lr=config["unembedding_lr"],
-            matrix_lr=config["matrix_lr"],
-            scalar_lr=config["scalar_lr"],
-            weight_decay=self.plan.weight_decay,
-            width=self.plan.model_config.n_embd,
-            batch_tokens=self.plan.total_batch_size,
-        )
+    def _rates_batch_tokens(self) -> int:
+        return self.plan.total_batch_size
 
     def _make_schedule(self) -> Schedule:
         return Schedule(

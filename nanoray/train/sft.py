@@ -7,7 +7,6 @@ from typing import Any
 from nanoray.checkpoint import Checkpoint
 from nanoray.data.blocks import StepRows
 from nanoray.data.conversations import held_out_rows
-from nanoray.optim.groups import REFERENCE_BATCH_TOKENS, ParamGroup, build_groups, scale_rates
 from nanoray.optim.schedule import Schedule
 from nanoray.train.chat_evals import ask_together, chat_samples
 from nanoray.train.sft_plan import SftPlan
@@ -25,23 +24,6 @@ class SftWorker(StreamWorker):
             self.model.load_state_dict(base.model_state())
             if self.config["load_optimizer"]:
                 self.optimizer.load_state(base.optimizer_rows)
-
-    def _make_groups(self, shapes: dict[str, tuple[int, ...]]) -> list[ParamGroup]:
-        config = self.config
-        # As in nanochat: the rates are not scaled by the batch here, and Muon's decay, which
-        # pretraining has brought to zero, stays there.
-        groups = build_groups(
-            shapes,
-            config["recipe"],
-            embedding_lr=config["embedding_lr"],
-            unembedding_lr=config["unembedding_lr"],
-            matrix_lr=config["matrix_lr"],
-            scalar_lr=config["scalar_lr"],
-            weight_decay=self.plan.weight_decay,
-            width=self.plan.model_config.n_embd,
-            batch_tokens=REFERENCE_BATCH_TOKENS,
-        )
-        return scale_rates(groups, config["init_lr_frac"])
 
     def _make_schedule(self) -> Schedule:
         steps = self.plan.num_iterations

@@ -28,7 +28,12 @@ from nanoray.metrics import MetricsLog, Record, Sink
 from nanoray.model.compile import compile_model
 from nanoray.model.gpt import GPT
 from nanoray.model.precision import peak_flops, pick_compute_dtype
-from nanoray.optim.groups import ParamGroup
+from nanoray.optim.groups import (
+    REFERENCE_BATCH_TOKENS,
+    ParamGroup,
+    build_groups,
+    scale_rates,
+)
 from nanoray.optim.schedule import Schedule
 from nanoray.optim.sharded import MuonAdamW
 from nanoray.tokenizer import load_tokenizer
@@ -124,9 +129,25 @@ class TrainWorker(ABC):
     def _begin(self) -> None:
         """Give model and optimiser the state that a run begins with."""
 
-    @abstractmethod
+    def _rates_batch_tokens(self) -> int:
+        """The batch that learning rates are scaled by. The later stages' are not (nanochat)."""
+        return REFERENCE_BATCH_TOKENS
+
     def _make_groups(self, shapes: dict[str, tuple[int, ...]]) -> list[ParamGroup]:
         """The optimiser's settings for the parameters of these names and shapes."""
+        config = self.config
+        groups = build_groups(
+            shapes,
+            config["recipe"],
+            embedding_lr=config["embedding_lr"],
+            unembedding_lr=config["unembedding_lr"],
+            matrix_lr=config["matrix_lr"],
+            scalar_lr=config["scalar_lr"],
+            weight_decay=self.plan.weight_decay,
+            width=self.plan.model_config.n_embd,
+            batch_tokens=self._rates_batch_tokens(),
+        )
+        return scale_rates(groups, config.get("init_lr_frac", 1.0))
 
     @abstractmethod
     def _make_schedule(self) -> Schedule:
