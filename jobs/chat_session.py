@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from nanoray.engine import Delta, SamplingParams
+from nanoray.engine import Delta, SamplingParams, extend_parts
 from nanoray.errors import NanorayError
 from nanoray.tokenizer import Tokenizer
 
@@ -28,8 +28,6 @@ A line that begins with a space is never a command. Ctrl-C stops an answer, Ctrl
 
 # Control characters, by which a text could move the cursor or change the terminal's title.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Part of a conversation, as the engine and as the tokenizer's conversations call it.
-_PART_TYPES = {"none": "text", "call": "python", "output": "python_output"}
 
 
 class Streams(Protocol):
@@ -70,11 +68,7 @@ class _Answer:
     def add(self, delta: Delta) -> None:
         self.tokens += delta.tokens
         self.finish_reason = delta.finish_reason
-        part_type = _PART_TYPES[delta.tool]
-        if self.parts and self.parts[-1]["type"] == part_type:
-            self.parts[-1]["text"] += delta.text
-        elif delta.text:
-            self.parts.append({"type": part_type, "text": delta.text})
+        extend_parts(self.parts, delta)
 
 
 class ChatSession:

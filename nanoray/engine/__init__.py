@@ -10,8 +10,19 @@ engine (the door). No Ray.
 """
 
 from nanoray.engine.cached import CachedModel, KVCache
-from nanoray.engine.engine import Engine
-from nanoray.engine.request import Completion, Delta
+from nanoray.engine.engine import Engine, EngineClosedError
+from nanoray.engine.request import PART_TYPES, Completion, Delta, PromptScore, extend_parts
 from nanoray.engine.sampling import SamplingParams
 
-__all__ = ["CachedModel", "Completion", "Delta", "Engine", "KVCache", "SamplingParams"]
+__all__ = [
+    "PART_TYPES",
+    "CachedModel",
+    "Completion",
+    "Delta",
+    "Engine",
+    "EngineClosedError",
+    "KVCache",
+    "PromptScore",
+    "SamplingParams",
+    "extend_parts",
+]

@@ -14,7 +14,14 @@ from concurrent.futures import Future
 from torch import Tensor
 
 from nanoray.engine.cached import CachedModel, KVCache
-from nanoray.engine.request import Completion, Delta, Request, Rules, ScoreRequest
+from nanoray.engine.request import (
+    Completion,
+    Delta,
+    PromptScore,
+    Request,
+    Rules,
+    ScoreRequest,
+)
 from nanoray.engine.sampling import SamplingParams
 from nanoray.engine.scheduler import Scheduler
 from nanoray.engine.slots import Slots
@@ -24,6 +31,10 @@ from nanoray.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.005  # only where one thread steps for another, or waits for resume()
+
+
+class EngineClosedError(NanorayError):
+    """The engine was closed; another one has to answer."""
 
 
 class Engine:
@@ -101,11 +112,7 @@ class Engine:
         A request that fails has finish_reason "error" and says why in `error`. Raises
         NanorayError, before anything runs, for a prompt or parameters that cannot be served.
         """
-        params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
-        if len(params) != len(prompts):
-            raise NanorayError(f"there are {len(prompts)} prompts, but {len(params)} params.")
-        pairs = zip(prompts, params)
-        requests = [request for pair in pairs for request in self._requests(*pair)]
+        requests = self._all_requests(prompts, params)
         self._submit(requests)
         self._await(requests)
         return [request.completion for request in requests]
@@ -122,9 +129,22 @@ class Engine:
         self._submit(scored)
         self._await(scored)
         for request in scored:
-            if request.completion.finish_reason != "stop":
-                raise NanorayError(f"scoring ended early: {request.completion.error}.")
+            _check_scored(request.completion.finish_reason, request.completion.error)
         return [request.scores for request in requests]
+
+    async def score_async(
+        self, prompts: Sequence[Sequence[int]], top_logprobs: int = 0
+    ) -> list[PromptScore]:
+        """As score(), without blocking the event loop; cancelling it aborts what still runs."""
+        for prompt in prompts:
+            self._check_prompt(prompt)
+        requests = [ScoreRequest(self._rules, prompt, top_logprobs) for prompt in prompts]
+        batches = self._deltas([request for request in requests if request.targets])
+        async with contextlib.aclosing(batches):
+            async for deltas in batches:
+                for delta in deltas:
+                    _check_scored(delta.finish_reason, delta.error)
+        return [PromptScore(request.scores, request.tops) for request in requests]
 
     async def stream(
         self, prompt: Sequence[int], params: SamplingParams
@@ -133,24 +153,27 @@ class Engine:
 
         Raises NanorayError at the first step for a request that cannot be served.
         """
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Delta] = asyncio.Queue()
+        batches = self.stream_batches([prompt], params)
+        async with contextlib.aclosing(batches):
+            async for deltas in batches:
+                for delta in deltas:
+                    yield delta
 
-        def on_delta(delta: Delta) -> None:
-            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody listens
-                loop.call_soon_threadsafe(queue.put_nowait, delta)
+    async def stream_batches(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+    ) -> AsyncGenerator[list[Delta], None]:
+        """As stream(), of several prompts: each time all deltas since the last time.
 
-        requests = self._requests(prompt, params, on_delta)
-        self.start()
-        self._submit(requests)
-        try:
-            still_open = len(requests)
-            while still_open:
-                delta = await queue.get()
-                still_open -= delta.finish_reason is not None
-                yield delta
-        finally:
-            self._tell(lambda: self._abort(requests))
+        A caller that pauses between two of them gets fewer and longer ones.
+        """
+        requests = self._all_requests(prompts, params)
+        for index, request in enumerate(requests):
+            request.index = index
+        async with contextlib.aclosing(self._deltas(requests)) as batches:
+            async for deltas in batches:
+                yield deltas
 
     def load_weights(self, state_dict: Mapping[str, Tensor], version: int) -> None:
         """Go on with other weights of the same shape; returns when they are in use.
@@ -193,6 +216,8 @@ class Engine:
     def start(self) -> None:
         """Run the engine in a thread of its own, if it does not yet."""
         self._refuse_if_closed()
+        if self._thread is not None:  # without waiting for the step that it is in
+            return
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -235,23 +260,53 @@ class Engine:
                     f"it has the ids 0 to {self._vocab_size - 1}."
                 )
 
-    def _requests(
+    def _all_requests(
         self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        on_delta: Callable[[Delta], None] | None = None,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
     ) -> list[Request]:
+        """The requests of all prompts in order, validated."""
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        if len(params) != len(prompts):
+            raise NanorayError(f"there are {len(prompts)} prompts, but {len(params)} params.")
+        return [request for pair in zip(prompts, params) for request in self._requests(*pair)]
+
+    def _requests(self, prompt: Sequence[int], params: SamplingParams) -> list[Request]:
         """A request for each of the n samples, validated."""
         self._check_prompt(prompt)
         self._check_ids(params.logit_bias, "logit_bias")
         self._check_ids(params.stop_token_ids, "stop_token_ids")
         if params.stop and self._rules.tokenizer is None:
             raise NanorayError("stop strings need a tokenizer: give stop_token_ids instead.")
-        return [Request(self._rules, prompt, params, index, on_delta) for index in range(params.n)]
+        return [Request(self._rules, prompt, params, index) for index in range(params.n)]
+
+    async def _deltas(self, requests: Sequence[Request]) -> AsyncGenerator[list[Delta], None]:
+        """Run the requests in the engine's thread; aclose() aborts them."""
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Delta] = asyncio.Queue()
+
+        def on_delta(delta: Delta) -> None:
+            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody listens
+                loop.call_soon_threadsafe(queue.put_nowait, delta)
+
+        for request in requests:
+            request.on_delta = on_delta
+        self.start()
+        self._submit(requests)
+        try:
+            still_open = len(requests)
+            while still_open:
+                deltas = [await queue.get()]
+                while not queue.empty():
+                    deltas.append(queue.get_nowait())
+                still_open -= sum(delta.finish_reason is not None for delta in deltas)
+                yield deltas
+        finally:
+            self._tell(lambda: self._abort(requests))
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
-            raise NanorayError("this engine is closed: make a new one.")
+            raise EngineClosedError("this engine is closed: make a new one.")
 
     def _submit(self, requests: Sequence[Request]) -> None:
         def submit() -> None:
@@ -328,3 +383,8 @@ class Engine:
             for request in [*self._scheduler.running, *self._scheduler.waiting]:
                 request.finish("error", f"the engine failed: {error!r}")
                 request.done.set()
+
+
+def _check_scored(reason: str | None, error: str | None) -> None:
+    if reason != "stop":
+        raise NanorayError(f"scoring ended early: {error}.")

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import codecs
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from nanoray.engine.sampling import SamplingParams
+from nanoray.engine.sampling import Likeliest, SamplingParams
 from nanoray.engine.slots import Slot
 from nanoray.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Part = Literal["none", "call", "output"]
 
+# A part, as the tokenizer's conversations call it.
+PART_TYPES: dict[Part, str] = {"none": "text", "call": "python", "output": "python_output"}
 # What the text after a special token is: plain, a tool's input, a tool's output.
 _PART_AFTER: dict[str, Part] = {
     "<|python_start|>": "call",
@@ -30,7 +33,7 @@ class Delta:
     """One streamed piece of an answer. The texts joined are the completion's text."""
 
     index: int
-    """Which of the n samples."""
+    """Which of the n samples; of several prompts, prompt i's are i * n to i * n + n - 1."""
     text: str
     """May lag behind the tokens: half a character or a possible stop string is held back."""
     tokens: list[int]
@@ -41,6 +44,30 @@ class Delta:
     tool: Part = "none"
     """Whether the text is plain, a tool call's expression, or a tool's output."""
     error: str | None = None
+    top_logprobs: list[Likeliest] = field(default_factory=list)
+    """Parallel to `tokens` if SamplingParams.top_logprobs asks; empty for forced tokens."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were in the cache."""
+    queued_s: float = 0.0
+    """How long the request waited for a slot."""
+
+
+def extend_parts(parts: list[dict[str, str]], delta: Delta) -> None:
+    """Add a delta's text to an answer in the conversation form (see tokenizer.conversation)."""
+    part_type = PART_TYPES[delta.tool]
+    if parts and parts[-1]["type"] == part_type:
+        parts[-1]["text"] += delta.text
+    elif delta.text:
+        parts.append({"type": part_type, "text": delta.text})
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """Raw log-probabilities of a prompt's tokens but the first, given those before them."""
+
+    logprobs: list[float]
+    top_logprobs: list[Likeliest]
+    """Parallel to them if asked for, else empty."""
 
 
 @dataclass
@@ -138,15 +165,19 @@ class Request:
         prompt: Sequence[int],
         params: SamplingParams,
         sample: int = 0,
-        on_delta: Callable[[Delta], None] | None = None,
     ) -> None:
         self.params, self.sample = params, sample
+        self.index = sample  # for the deltas
+        self.on_delta: Callable[[Delta], None] | None = None
+        self.cached_tokens = 0
+        self.queued_s = 0.0
+        self._created = time.monotonic()
         self.tokens = list(prompt)
         self.completion = Completion(prompt=list(prompt))
         self.slot: Slot | None = None
         self.finished = False
         self.done = threading.Event()  # finished, and its slot free again
-        self._rules, self._on_delta = rules, on_delta
+        self._rules = rules
         self._stop_ids = rules.stop_token_ids.union(params.stop_token_ids)
         self._text = TextStream(params.stop)
         self._part: Part = "none"
@@ -168,7 +199,19 @@ class Request:
         new = len(self.completion.tokens)
         return min(self.params.max_tokens - new, self._rules.max_len + 1 - len(self.tokens))
 
-    def accept(self, token: int, logprob: float, sampled_logprob: float, version: int) -> None:
+    def admit(self, slot: Slot, cached_tokens: int) -> None:
+        """Give the request its slot, which has computed so many of its tokens."""
+        self.slot, self.cached_tokens = slot, cached_tokens
+        self.queued_s = time.monotonic() - self._created
+
+    def accept(
+        self,
+        token: int,
+        logprob: float,
+        sampled_logprob: float,
+        version: int,
+        top_logprobs: Likeliest,
+    ) -> None:
         """Add a sampled token; stop, or call the tool and force its output, if it asks for it."""
         self._append([token], 1, [logprob], [sampled_logprob], version)
         part = self._part
@@ -179,7 +222,7 @@ class Request:
         elif self.room == 0:
             reason = "length"
             text += self._text.flush()
-        self._emit(text, [token], [logprob], part, reason)
+        self._emit(text, [token], [logprob], part, reason, top_logprobs=[top_logprobs])
         if part == "call" and token == self._rules.call_end and reason is None:
             self._call_tool(version)
 
@@ -234,7 +277,7 @@ class Request:
         # Not through the text stream: a tool's output contains no stop strings.
         text = tokenizer.decode([token for token in forced if token not in (start, end)])
         reason: FinishReason | None = "length" if self.room == 0 else None
-        self._emit(text, forced, zeros, "output", reason)
+        self._emit(text, forced, zeros, "output", reason, top_logprobs=[[] for _ in forced])
 
     def _emit(
         self,
@@ -244,19 +287,28 @@ class Request:
         part: Part,
         reason: FinishReason | None,
         error: str | None = None,
+        top_logprobs: Sequence[Likeliest] = (),
     ) -> None:
         self.completion.text += text
         if reason is not None:
             self.finished = True
             self.completion.finish_reason, self.completion.error = reason, error
-        if self._on_delta is not None:
-            self._on_delta(Delta(self.sample, text, tokens, logprobs, reason, part, error))
+        if self.on_delta is not None:
+            tops = list(top_logprobs) if self.params.top_logprobs else []
+            self.on_delta(
+                Delta(
+                    *(self.index, text, tokens, logprobs, reason, part, error, tops),
+                    cached_tokens=self.cached_tokens,
+                    queued_s=self.queued_s,
+                )
+            )
 
 
 class ScoreRequest(Request):
     """A prompt whose tokens are scored and which is not continued."""
 
-    def __init__(self, rules: Rules, prompt: Sequence[int]) -> None:
-        super().__init__(rules, prompt[:-1], SamplingParams())
+    def __init__(self, rules: Rules, prompt: Sequence[int], top_logprobs: int = 0) -> None:
+        super().__init__(rules, prompt[:-1], SamplingParams(top_logprobs=top_logprobs))
         self.targets = list(prompt[1:])
         self.scores: list[float] = []
+        self.tops: list[Likeliest] = []

@@ -45,6 +45,8 @@ class SamplingParams:
     """Ids that end the answer, beside the engine's own."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these ids before all else, -100 to 100."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens are told beside each sampled one."""
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0, 100)
@@ -58,6 +60,7 @@ class SamplingParams:
             raise NanorayError(f"seed must fit into 64 bits, not be {self.seed}.")
         _check_integer("n", self.n, 1)
         _check_integer("max_tokens", self.max_tokens, 1)
+        _check_integer("top_logprobs", self.top_logprobs, 0)
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
             raise NanorayError(f"stop must be a tuple of non-empty strings, not {self.stop!r}.")
         for token in (*self.stop_token_ids, *self.logit_bias):
@@ -100,6 +103,10 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+# Token ids with their log-probabilities by the raw softmax, the likeliest first.
+Likeliest = list[tuple[int, float]]
+
+
 @dataclass(frozen=True)
 class Drawn:
     """One token a row, all on the host."""
@@ -107,6 +114,7 @@ class Drawn:
     tokens: list[int]
     logprobs: list[float]  # of the raw softmax; NaN where the row's logits are not finite
     sampled_logprobs: list[float]  # of the distribution drawn from; 0 at temperature 0
+    top_logprobs: list[Likeliest]  # as many as the row's parameters ask for
 
 
 @torch.inference_mode()
@@ -139,10 +147,24 @@ def sample(
         chosen_R1.clamp_(max=scores_RC.size(1) - 1)
         tokens_B[rows_R] = ids_RC.gather(1, chosen_R1).squeeze(1)
         sampled_B[rows_R] = scores_RC.log_softmax(-1).gather(1, chosen_R1).squeeze(1)
-    raw_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - logits_BV.logsumexp(-1)
+    total_B = logits_BV.logsumexp(-1)
+    raw_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - total_B
     # One copy from the device for everything; ids below 2^53 are exact in fp64.
     host = torch.stack((tokens_B.double(), raw_B.double(), sampled_B.double())).tolist()
-    return Drawn([int(token) for token in host[0]], host[1], host[2])
+    tops: list[Likeliest] = [[] for _ in params_B]
+    if asked := [b for b, params in enumerate(params_B) if params.top_logprobs]:
+        most = max(params_B[b].top_logprobs for b in asked)
+        rows_A = torch.tensor(asked, device=logits_BV.device)
+        for b, top in zip(asked, likeliest(logits_BV[rows_A], total_B[rows_A], most)):
+            tops[b] = top[: params_B[b].top_logprobs]
+    return Drawn([int(token) for token in host[0]], host[1], host[2], tops)
+
+
+def likeliest(logits_NV: Tensor, total_N: Tensor, k: int) -> list[Likeliest]:
+    """The k likeliest tokens of each row (all, if there are fewer). total_N: logsumexp."""
+    values_NK, ids_NK = logits_NV.topk(min(k, logits_NV.size(1)), dim=-1)
+    logprobs_NK = values_NK - total_N.unsqueeze(1)
+    return [list(zip(*row)) for row in zip(ids_NK.tolist(), logprobs_NK.tolist())]
 
 
 def _with_bias(logits_BV: Tensor, params_B: Sequence[SamplingParams]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nanoray.engine.cached import CachedModel, KVCache
 from nanoray.engine.request import FinishReason, Request, ScoreRequest
-from nanoray.engine.sampling import sample, uniform
+from nanoray.engine.sampling import Drawn, likeliest, sample, uniform
 from nanoray.engine.slots import Slots
 
 _logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Scheduler:
             [uniform(r.params.seed, r.sample, len(r.tokens)) for r in requests],
         )
         for i, request in enumerate(requests):
-            self._accept(request, drawn.tokens[i], drawn.logprobs[i], drawn.sampled_logprobs[i])
+            self._accept(request, drawn, i)
 
     def _prefill(self) -> tuple[list[Request], list[Tensor]]:
         """Compute up to prefill_chunk tokens; requests now ready, and their hidden [1, D]."""
@@ -132,7 +132,7 @@ class Scheduler:
                 return None
             if allocation.source is not allocation.slot:
                 self.cache.copy(allocation.source.index, allocation.slot.index, allocation.length)
-            request.slot = allocation.slot
+            request.admit(allocation.slot, allocation.length)
             self.running.append(self.waiting.popleft())
             self.counts["prompt_tokens"] += len(request.tokens)
             self.counts["cached_prompt_tokens"] += allocation.length
@@ -165,22 +165,27 @@ class Scheduler:
         """Score the targets of the chunk just computed."""
         stop = len(request.placed.tokens)
         start = stop - hidden_TD.size(0)
-        logprobs_TV = self.model.logits(hidden_TD).log_softmax(-1)
+        logits_TV = self.model.logits(hidden_TD)
+        total_T = logits_TV.logsumexp(-1)
         targets_T1 = torch.tensor(request.targets[start:stop], device=hidden_TD.device)[:, None]
         # Assigned by position: after a change of weights it starts over.
-        request.scores[start:] = logprobs_TV.gather(1, targets_T1)[:, 0].tolist()
+        request.scores[start:] = (logits_TV.gather(1, targets_T1)[:, 0] - total_T).tolist()
+        if count := request.params.top_logprobs:
+            request.tops[start:] = likeliest(logits_TV, total_T, count)
         if not all(map(math.isfinite, request.scores[start:])):
             self.end(request, "error", _NOT_FINITE)
         elif request.pending == 0:
             self.end(request, "stop")
 
-    def _accept(self, request: Request, token: int, logprob: float, sampled_logprob: float) -> None:
+    def _accept(self, request: Request, drawn: Drawn, row: int) -> None:
+        logprob, sampled_logprob = drawn.logprobs[row], drawn.sampled_logprobs[row]
         if not math.isfinite(logprob):
             self.end(request, "error", _NOT_FINITE)
             return
         self.counts["generated_tokens"] += 1
         try:
-            request.accept(token, logprob, sampled_logprob, self.version)
+            token, tops = drawn.tokens[row], drawn.top_logprobs[row]
+            request.accept(token, logprob, sampled_logprob, self.version, tops)
         except Exception as error:  # the tool or the listener: one request's trouble
             _logger.exception("a request failed")
             self.end(request, "error", f"the request failed: {error!r}")

@@ -11,6 +11,7 @@ from nanoray.tokenizer.base import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from nanoray.tokenizer.bpe import SPLIT_PATTERN, BPETokenizer
 from nanoray.tokenizer.byte import ByteTokenizer
 from nanoray.tokenizer.conversation import Conversation
+from nanoray.tokenizer.export import export_hf
 from nanoray.tokenizer.training import CompressionRow, compare_compression, train_tokenizer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Conversation",
     "Tokenizer",
     "compare_compression",
+    "export_hf",
     "load_tokenizer",
     "train_tokenizer",
 ]
