@@ -15,30 +15,41 @@ from nanoray import storage
 from nanoray.config import RlConfig, RlScaleConfig, RlStatusConfig, run_job
 from nanoray.errors import NanorayError
 from nanoray.rl.plan import make_rl_plan
+from nanoray.train.base_run import name_after
 
 _STALE_S = 15.0  # a status that is older is of a run that is over, or lost
 
 
 def main(argv: Sequence[str]) -> int:
     if argv and argv[0] == "status":
-        return status(RlStatusConfig.parse(argv[1:], "python -m jobs.rl status"))
+        flags = _flags(argv[1:], ("run",))
+        return status(RlStatusConfig.parse(flags, "python -m jobs.rl status"))
     if argv and argv[0] == "scale":
-        return scale(RlScaleConfig.parse(argv[1:], "python -m jobs.rl scale"))
+        flags = _flags(argv[1:], ("run", "actors"))
+        return scale(RlScaleConfig.parse(flags, "python -m jobs.rl scale"))
     config = RlConfig.parse(argv, "python -m jobs.rl")
-    return carry_out(make_rl_plan(config), config, "nanoray.rl.ray_glue")
+    return carry_out(make_rl_plan(config), config, "nanoray.rl")
+
+
+def _flags(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """``mine 6`` as ``--run=mine --actors=6``: the words before the first flag, by their place."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    named = [f"--{name}={word}" for name, word in zip(names, words[:count])]
+    return [*named, *words[len(named) :]]
 
 
 def status(config: RlStatusConfig) -> int:
     """Print what everybody is doing now."""
-    found = _read_status(config.run)
-    age_s = time.time() - found["time"]
+    run = _run(config)
+    found = _read_status(run)
+    age_s = _ago_s(found)
     console = Console(highlight=False)
     alive = "" if age_s < _STALE_S else f" (last sign of life {age_s:,.0f} s ago)"
     if found["error"]:
         alive = f" (over: {found['error']})"
     queue, counts, learner = found["queue"], found["counts"], found["learner"]
     console.print(
-        f"run {config.run}{alive}: next step {found['step']}, weights of version "
+        f"run {run}{alive}: next step {found['step']}, weights of version "
         f"{found['version']}, learner {learner['state']} for {learner['age_s']:.0f} s",
         markup=False,
     )
@@ -61,7 +72,7 @@ def status(config: RlStatusConfig) -> int:
         )
     console.print(table)
     for event in found["events"][-5:]:
-        console.print(f"{time.time() - event['time']:,.0f} s ago: {event['text']}", markup=False)
+        console.print(f"{_ago_s(event):,.0f} s ago: {event['text']}", markup=False)
     return 0
 
 
@@ -69,17 +80,27 @@ def scale(config: RlScaleConfig) -> int:
     """Have the pool of a running job get another size."""
     from nanoray.rl.pool import write_scale
 
-    found = _read_status(config.run)
-    age_s = time.time() - found["time"]
+    run = _run(config)
+    found = _read_status(run)
+    age_s = _ago_s(found)
     if found["error"] or age_s > _STALE_S:
         why = found["error"] or f"its last sign of life was {age_s:,.0f} s ago"
         raise NanorayError(
-            f"run {config.run} is not running ({why}); start it with "
-            f"--rollout-actors {config.actors}"
+            f"run {run} is not running ({why}); start it with --rollout-actors {config.actors}"
         )
-    write_scale(storage.run_dir(config.run), config.actors)
-    print(f"run {config.run} is told to have {config.actors} rollout actors")
+    write_scale(storage.run_dir(run), config.actors)
+    print(f"run {run} is told to have {config.actors} rollout actors")
     return 0
+
+
+def _ago_s(written: dict[str, Any]) -> float:
+    """Since something was written down, perhaps by another machine's clock."""
+    return max(0.0, time.time() - float(written["time"]))
+
+
+def _run(config: RlStatusConfig) -> str:
+    """The run that is meant, by the rule that named it."""
+    return name_after(config.from_run, config.run, "rl") if config.from_run else config.run or ""
 
 
 def _read_status(run: str) -> dict[str, Any]:

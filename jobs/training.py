@@ -21,8 +21,8 @@ Plan = TypeVar("Plan", bound=RunPlan)
 Watcher = Callable[[dict[str, Any]], None]
 
 
-class Glue(Protocol[Plan]):
-    """A module that brings a kind of plan onto a cluster."""
+class Budget(Protocol[Plan]):
+    """A room's module ``needs``."""
 
     def with_gpus(self, plan: Plan, resources: dict[str, float]) -> Plan:
         """The plan with what depends on the cluster's GPUs settled."""
@@ -30,15 +30,19 @@ class Glue(Protocol[Plan]):
     def needs(self, plan: Plan) -> list[Needs]:
         """What it needs of the cluster."""
 
-    def fit(self, plan: Plan, lease: Lease, watch: Watcher) -> dict[str, Any]:
+
+class Glue(Protocol):
+    """A room's module ``ray_glue``, which brings a kind of plan onto a cluster."""
+
+    def fit(self, plan: Any, lease: Lease, watch: Watcher) -> dict[str, Any]:
         """Run it; the summary."""
 
 
-def carry_out(plan: Plan, config: TrainConfig, glue_module: str = "nanoray.train.ray_glue") -> int:
+def carry_out(plan: Plan, config: TrainConfig, room: str = "nanoray.train") -> int:
     """Carry out a plan, or with ``--dry-run`` check all that can be checked; the exit code.
 
     Args:
-        glue_module: a `Glue`, by name: it costs seconds to import.
+        room: holds a `Budget` and a `Glue`; by name, as they cost seconds to import.
 
     Raises:
         NanorayError: see `check_resume`, `fleet.preflight` and `ray_glue.fit`.
@@ -48,52 +52,64 @@ def carry_out(plan: Plan, config: TrainConfig, glue_module: str = "nanoray.train
     if finished:
         print(f"run {plan.run} is finished: nothing to do (take another --run to train anew)")
         return 0
-    return _dry_run(plan, glue_module) if config.dry_run else _train(plan, config, glue_module)
-
-
-def _dry_run(plan: Plan, glue_module: str) -> int:
-    from nanoray import fleet
-
-    glue: Glue[Plan] = importlib.import_module(glue_module)
     storage.check_writable(plan.run_dir)
-    if fleet.on_cluster():
-        fleet.connect()
-        _preflight(plan, glue)
-    else:
-        have = fleet.local_resources()
-        for needs in glue.needs(glue.with_gpus(plan, have)):
-            fleet.check_resources(needs, have, "this machine")
+    if not config.dry_run:
+        return _train(plan, config, room)
+    _dry_run(plan, room)
     print("dry run: configuration, data and resources are fine")
     return 0
 
 
-def _preflight(plan: Plan, glue: Glue[Plan]) -> Plan:
+def _dry_run(plan: RunPlan, room: str) -> None:
+    from nanoray import fleet
+
+    if not fleet.on_cluster():
+        _check_machine(plan, room)
+    else:
+        fleet.connect()
+        _preflight(plan, room)
+
+
+def _check_machine(plan: RunPlan, room: str) -> None:
+    """Refuse what this machine has not the resources for; a start of Ray would take seconds."""
+    from nanoray import fleet
+
+    budget: Budget[Any] = importlib.import_module(f"{room}.needs")
+    have = fleet.local_resources()
+    for needs in budget.needs(budget.with_gpus(plan, have)):
+        fleet.check_resources(needs, have, "this machine")
+
+
+def _preflight(plan: Plan, room: str) -> Plan:
     """The plan for the connected cluster, which has what it needs."""
     import ray
 
     from nanoray import fleet
 
-    plan = glue.with_gpus(plan, ray.cluster_resources())
-    for needs in glue.needs(plan):
+    budget: Budget[Plan] = importlib.import_module(f"{room}.needs")
+    plan = budget.with_gpus(plan, ray.cluster_resources())
+    for needs in budget.needs(plan):
         fleet.preflight(needs)
     return plan
 
 
-def _train(plan: Plan, config: TrainConfig, glue_module: str) -> int:
+def _train(plan: Plan, config: TrainConfig, room: str) -> int:
     from jobs.progress import ProgressPrinter
     from nanoray import fleet
 
-    storage.check_writable(plan.run_dir)
+    if not fleet.on_cluster():
+        _check_machine(plan, room)
     lease = Lease(plan.run_dir)
     try:
         plan.prepare()
         # Seconds of imports, while Ray's own processes start.
+        glue_module = f"{room}.ray_glue"
         imports = threading.Thread(target=importlib.import_module, args=(glue_module,))
         imports.start()
         fleet.connect(dashboard=config.dashboard)
         imports.join()
-        glue: Glue[Plan] = importlib.import_module(glue_module)
-        plan = _preflight(plan, glue)
+        glue: Glue = importlib.import_module(glue_module)
+        plan = _preflight(plan, room)
         record_config(plan)
         with ProgressPrinter(plan.num_iterations) as printer:
             summary = glue.fit(plan, lease, printer)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from pretrain_runs import run_plan
+from pretrain_runs import run_plan, stop_after
 from sft_runs import make_base, sft_plan
 
 from nanoray.config import RlConfig
 from nanoray.rl.groups import Group
 from nanoray.rl.ledger import Ledger
 from nanoray.rl.plan import RlPlan, ledger_rules, make_rl_plan, sampler_settings
+from nanoray.rl.reward_worker import open_reward
+from nanoray.rl.rewards import Reward
 from nanoray.rl.sampler import Sampler
 from nanoray.rl.supervisor import Taken
+from nanoray.rl.worker import RlWorker, Rollouts
+from nanoray.train.worker import Hooks
+from nanoray.train.world import World
 
 TINY_RL = {
     "task": "arithmetic",
@@ -35,12 +41,12 @@ TINY_RL = {
 }
 
 
-def rl_flags(base: str, run: str, **changes: Any) -> list[str]:
+def rl_flags(base: str, run: str | None, **changes: Any) -> list[str]:
     values = TINY_RL | {"from_run": base, "run": run} | changes
     return [f"--{k.replace('_', '-')}={v}" for k, v in values.items() if v is not None]
 
 
-def rl_plan(base: str, run: str, **changes: Any) -> RlPlan:
+def rl_plan(base: str, run: str | None, **changes: Any) -> RlPlan:
     """The plan of a tiny run, ready to run; ``changes`` are flags by field name."""
     plan = make_rl_plan(RlConfig.parse(rl_flags(base, run, **changes), "test"))
     plan.prepare()
@@ -84,11 +90,17 @@ def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class LocalRollouts:
-    """One sampler in this process; what the pool of actors must equal."""
+    """One sampler and its rewards in this process; what the pool of actors must equal."""
 
-    def __init__(self, plan: RlPlan) -> None:
+    def __init__(self, plan: RlPlan, reward: Callable[[int, str], object] | None = None) -> None:
         self._plan = plan
-        self._sampler: Sampler = sampler_settings(plan, num_threads=1).open()
+        settings = sampler_settings(plan, num_threads=1)
+        pays = reward or open_reward(settings.problems)
+
+        def judge(answers: Sequence[tuple[int, str]]) -> list[Reward]:
+            return [Reward(float(pays(*answer))) for answer in answers]  # type: ignore[arg-type]
+
+        self._sampler = Sampler(settings, judge)
         self._ledger = Ledger(ledger_rules(plan))
         self.groups: dict[int, Group] = {}
         self.steps: list[list[Group]] = []
@@ -121,3 +133,24 @@ class LocalRollouts:
 
     def ledger(self) -> Mapping[str, Any]:
         return self._ledger.to_dict()
+
+
+def run_alone(
+    plan: RlPlan,
+    *,
+    start_step: int = 0,
+    stop_step: int | None = None,
+    rollouts: Rollouts | None = None,
+    post: Callable[[Mapping[str, Any]], None] = lambda _record: None,
+) -> dict[str, Any]:
+    """Run a plan in this process, with one sampler and without Ray; its summary."""
+    hooks = Hooks(post=post, stop_reason=stop_after(stop_step) if stop_step else lambda: "")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    world = World(0, 1, torch.device("cpu"))
+    worker = RlWorker(plan, world, hooks, start_step, rollouts or LocalRollouts(plan))
+    try:
+        return worker.run()
+    finally:
+        worker.close()
+        torch.set_num_threads(threads)

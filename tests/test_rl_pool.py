@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,26 @@ import numpy as np
 import pytest
 import torch
 from engine_models import tiny
+from rl_pools import World, run
 
 from nanoray import storage
 from nanoray.errors import NanorayError
 from nanoray.rl import flat
+from nanoray.rl import pool as rl_pool
 from nanoray.rl.groups import Group
 from nanoray.rl.ledger import LedgerRules
-from nanoray.rl.pool import PoolClient, close_pool, read_scale, start_pool, write_scale
+from nanoray.rl.pool import (
+    PoolClient,
+    close_pool,
+    keep_books,
+    read_scale,
+    start_pool,
+    write_scale,
+)
 from nanoray.rl.reward_worker import TaskReward
 from nanoray.rl.sampler import SamplerSettings
-from nanoray.rl.supervisor import PoolSettings
+from nanoray.rl.seat import ActorLostError
+from nanoray.rl.supervisor import PoolSettings, Supervisor
 from nanoray.tokenizer import ByteTokenizer
 
 SHAPE = {"sequence_len": 256, "n_layer": 2}
@@ -256,6 +268,101 @@ def test_weights_come_in_mid_bundle_and_a_users_mistake_is_one_sentence(
             go_on()
     finally:
         close_pool(pool.handle)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rl_pool, "_LOCAL_PERIOD_S", 0.01)
+
+
+def books_kept(
+    tmp_path: Path, disturb: Callable[[Supervisor], Coroutine[Any, Any, None]]
+) -> dict[str, Any]:
+    """The last status of a pool whose books are kept while it is disturbed."""
+
+    async def scenario() -> None:
+        world = World()
+        over = asyncio.Event()
+        keeper = asyncio.create_task(keep_books(world.supervisor, str(tmp_path), over))
+        await world.supervisor.begin("a", 0, None)
+        await disturb(world.supervisor)
+        await world.supervisor.close()
+        over.set()
+        await keeper
+
+    run(scenario())
+    status: dict[str, Any] = json.loads(Path(tmp_path, "rl_status.json").read_text())
+    return status
+
+
+def test_a_full_disk_is_told_once_and_the_books_go_on(
+    hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = 0
+
+    def full(_status: Any, _run_dir: str) -> None:
+        nonlocal failures
+        failures += 1
+        raise OSError(28, "No space left on device")
+
+    async def fill(supervisor: Supervisor) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(rl_pool, "write_status", full)
+            while failures < 5:
+                await asyncio.sleep(0.01)
+
+    status = books_kept(tmp_path, fill)
+    (event,) = status["events"]
+    assert event["text"] == f"{tmp_path} cannot be used: [Errno 28] No space left on device"
+    assert status["error"] == "the rollout pool is closed"
+
+
+def test_a_slow_write_does_not_come_after_the_last_status(
+    hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, under_way = rl_pool.write_status, threading.Event()
+
+    def slow(status: Any, run_dir: str) -> None:
+        if not status["error"]:
+            under_way.set()
+            time.sleep(0.2)
+        write(status, run_dir)
+
+    async def end_in_mid_write(_supervisor: Supervisor) -> None:
+        assert await asyncio.to_thread(under_way.wait, 10)
+
+    monkeypatch.setattr(rl_pool, "write_status", slow)
+    status = books_kept(tmp_path, end_in_mid_write)
+    time.sleep(0.3)
+    assert status["error"] == "the rollout pool is closed"
+    assert json.loads(Path(tmp_path, "rl_status.json").read_text()) == status
+
+
+def test_an_old_scale_file_is_no_command_and_a_new_one_is(hasty: None, tmp_path: Path) -> None:
+    write_scale(str(tmp_path), 4)
+
+    async def command(supervisor: Supervisor) -> None:
+        await asyncio.sleep(0.1)
+        assert supervisor.status()["target"] == 1
+        write_scale(str(tmp_path), 13)
+        while supervisor.status()["target"] != 13:
+            await asyncio.sleep(0.01)
+
+    assert books_kept(tmp_path, command)["pinned"]
+
+
+def test_an_answer_that_is_lost_with_its_node_loses_the_actor_and_not_the_run() -> None:
+    """Large answers wait in the object store of the node that made them."""
+    import ray
+
+    async def lost() -> Any:
+        raise ray.exceptions.ObjectLostError("00", None, "")
+
+    async def scenario() -> None:
+        with pytest.raises(ActorLostError, match="its answer is lost"):
+            await rl_pool._RayRollouts(None)._answer(lost())
+
+    asyncio.run(scenario())
 
 
 def test_scale_files(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from nanoray.errors import NanorayError
 from nanoray.rl.reward_worker import TaskReward
-from nanoray.rl.rewards import MIB, Reward, RewardPool
+from nanoray.rl.rewards import MIB, Reward, RewardPool, RewardProcessError
 from nanoray.tasks.arithmetic import Arithmetic
 from nanoray.tasks.base import reference_answer
 from nanoray.tasks.catalog import Sources, load_task
@@ -70,6 +70,7 @@ def test_rewards_come_in_their_order(pool: RewardPool) -> None:
         ("exit 0", "crashed", "exit code 0"),
         ("exit 3", "crashed", "exit code 3"),
         ("segfault", "crashed", "signal 11"),
+        ("kill", "crashed", "signal 9"),  # as the kernel does where memory runs out
         ("raise no such thing", "error", "ValueError: no such thing"),
         ("leave", "error", "SystemExit: leaving"),
         ("recurse", "error", "RecursionError"),
@@ -125,6 +126,30 @@ def test_a_worker_that_was_killed_while_idle_is_replaced(pool: RewardPool) -> No
     after = pids_of(pool)
     assert 0 not in after  # no reward was lost
     assert not pids & after
+
+
+def test_a_worker_that_cannot_be_replaced_now_may_be_later(
+    pool: RewardPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory is short: no user's mistake, which would end the run."""
+
+    def no_memory(*_args: object, **_options: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("subprocess.Popen", no_memory)
+        pool.judge([(0, "kill")] * 2)
+        with pytest.raises(RewardProcessError, match="Cannot allocate memory"):
+            pool.judge([(0, "1")] * 2)
+    assert eventually(lambda: not isinstance(retried(pool), RewardProcessError))
+    assert len(pids_of(pool)) == 2
+
+
+def retried(pool: RewardPool) -> object:
+    try:
+        return pool.judge([(0, "1")])
+    except RewardProcessError as error:
+        return error
 
 
 def test_what_a_reward_started_ends_with_it(pool: RewardPool, tmp_path: Path) -> None:

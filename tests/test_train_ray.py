@@ -24,6 +24,7 @@ from nanoray.data.writer import write_shard
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease
 from nanoray.train import ray_glue
+from nanoray.train.needs import with_gpus
 from nanoray.train.plan import PretrainPlan
 from nanoray.train.record import check_resume, record_config
 
@@ -36,7 +37,7 @@ def fit(plan: PretrainPlan, watch: Callable[[dict[str, Any]], None]) -> dict[str
     lease = Lease(plan.run_dir)
     try:
         record_config(plan)
-        return ray_glue.fit(ray_glue.with_gpus(plan, {}), lease, watch)
+        return ray_glue.fit(with_gpus(plan, {}), lease, watch)
     finally:
         lease.release()
 

@@ -17,6 +17,7 @@ from sft_runs import make_base, sft_flags, sft_plan, write_conversations
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease
 from nanoray.train import ray_glue
+from nanoray.train.needs import with_gpus
 from nanoray.train.record import record_config
 from nanoray.train.sft_plan import SftPlan
 
@@ -29,7 +30,7 @@ def fit(plan: SftPlan, watch: Any = lambda _record: None) -> dict[str, Any]:
     lease = Lease(plan.run_dir)
     try:
         record_config(plan)
-        return ray_glue.fit(ray_glue.with_gpus(plan, {}), lease, watch)
+        return ray_glue.fit(with_gpus(plan, {}), lease, watch)
     finally:
         lease.release()
 

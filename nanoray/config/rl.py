@@ -88,13 +88,19 @@ class RlConfig(TrainConfig):
 
 
 class RlStatusConfig(JobConfig):
-    """``python -m jobs.rl status``."""
+    """``python -m jobs.rl status [RUN]``."""
 
-    run: str = Field(description="run name")
+    run: str | None = Field(None, description="run name (default: <chat run>-rl)")
+    from_run: str | None = Field(None, description="the chat model, as the run was given it")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.run or self.from_run):
+            raise ValueError("give the run: --run NAME, or --from-run NAME of its chat model")
+        return self
 
 
-class RlScaleConfig(JobConfig):
-    """``python -m jobs.rl scale``."""
+class RlScaleConfig(RlStatusConfig):
+    """``python -m jobs.rl scale [RUN ACTORS]``."""
 
-    run: str = Field(description="run name")
     actors: int = Field(ge=1, description="rollout actors from now on")

@@ -141,6 +141,11 @@ class Bucket:
     def _communicate_params(self) -> Any:
         raise NotImplementedError
 
+    @property
+    def owned_grad(self) -> Tensor:
+        """The reduced gradients that this rank accounts for; all ranks together: each once."""
+        raise NotImplementedError
+
     def update(self, settings: StepSettings) -> None:
         """Update the owned parameters and states from the reduced gradients."""
         raise NotImplementedError
@@ -182,6 +187,10 @@ class ShardedBucket(Bucket):
         """The real slots of this rank, as a slice of the buffers."""
         start = min(self.ranks.rank * self.slots_per_rank, self.num_slots)
         return slice(start, min(start + self.slots_per_rank, self.num_slots))
+
+    @property
+    def owned_grad(self) -> Tensor:
+        return self.grad_buffer[self.owned]
 
     def _shard(self, buffer: Tensor) -> Tensor:
         """This rank's slots, padding included."""
@@ -316,6 +325,10 @@ class SmallBucket(Bucket):
         self.exp_avg_sqs = {m.name: torch.zeros_like(m.grad) for m in self.members}
         device = self.grad_buffer.device
         self.steps = {m.name: torch.zeros(1, device=device) for m in self.members}
+
+    @property
+    def owned_grad(self) -> Tensor:
+        return self.grad_buffer if self.ranks.rank == 0 else self.grad_buffer[:0]
 
     def _communicate_grads(self) -> Any:
         return dist.all_reduce(self.grad_buffer, group=self.ranks.group, async_op=True)

@@ -8,7 +8,7 @@ after it, each bucket is updated by its owners and gathered while the next one i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -139,17 +139,21 @@ class MuonAdamW:
         lr_multiplier: float,
         muon_momentum: float,
         weight_decay_multiplier: float,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> None:
         """One update from the summed gradients; afterwards these are zero.
 
         Args:
             lr_multiplier, muon_momentum, weight_decay_multiplier: see `Schedule.at`.
+            watch: shown the summed gradients before they are used, by all ranks together each once.
         """
         settings = StepSettings(lr_multiplier, muon_momentum, weight_decay_multiplier)
         while self._next_to_launch < len(self._buckets):
             self._launch_next()
         for bucket in self._buckets:
             bucket.wait()
+            if watch:
+                watch(bucket.owned_grad)
             bucket.update(settings)
             bucket.start_gather()
         for bucket in self._buckets:

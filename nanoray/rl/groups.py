@@ -26,7 +26,7 @@ class Sample:
         finish_reason: ``stop`` or ``length``.
         text: what the reward judged.
         reward: a finite number.
-        problem: empty, or what happened to the reward, see `rewards.Reward`.
+        problem, detail: empty, or what happened to the reward, see `rewards.Reward`.
     """
 
     tokens: NDArray[np.int32]
@@ -37,6 +37,7 @@ class Sample:
     text: str
     reward: float
     problem: str = ""
+    detail: str = ""
 
     def __post_init__(self) -> None:
         n = len(self.tokens)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
+from nanoray.rl.groups import Group
 from nanoray.rl.idle import StateClock, Window, share, summed
 from nanoray.rl.ledger import Ledger
 from nanoray.rl.seat import Seat
@@ -21,7 +22,7 @@ class Journal:
 
     Attributes:
         learner: starting, waiting (for a batch) or training.
-        events: the last ones, ``{"time", "text"}``.
+        events: the last ones, ``{"number", "time", "text"}``.
         fetch_s: from the latest publication until the last actor that answered had the weights.
         actors_lost: in this job.
     """
@@ -31,18 +32,32 @@ class Journal:
         self.events: deque[dict[str, Any]] = deque(maxlen=_MAX_EVENTS)
         self.fetch_s = 0.0
         self.actors_lost = 0
-        self._tokens = 0
+        self._num_events = self._tokens = 0
+        self._problems: Counter[str] = Counter()
         self._spent: dict[str, float] = {}  # seconds of the actors that are no more
         self._reported = self._watched = Window(self._totals(()))
 
     def tell(self, text: str) -> None:
         """Something that people want to know of."""
         _logger.warning("%s", text)
-        self.events.append({"time": time.time(), "text": text})
+        self._num_events += 1
+        self.events.append({"number": self._num_events, "time": time.time(), "text": text})
 
-    def sampled(self, seat: Seat, tokens: int) -> None:
-        seat.tokens += tokens
-        self._tokens += tokens
+    def sampled(self, seat: Seat, groups: Iterable[Group]) -> None:
+        """An actor has sampled these. Rewards that went wrong are told, of a kind ever fewer."""
+        for group in groups:
+            for sample in group.samples:
+                seat.tokens += len(sample.tokens)
+                self._tokens += len(sample.tokens)
+                if sample.problem:
+                    self._problems[sample.problem] += 1
+                    count = self._problems[sample.problem]
+                    if str(count).strip("0") == "1":  # 1, 10, 100, ...
+                        said = f" ({sample.detail})" if sample.detail else ""
+                        self.tell(
+                            f"reward {sample.problem}{said}: an answer to prompt {group.number} "
+                            f"gets 0; {count:,} so far in this job"
+                        )
 
     def retire(self, seat: Seat) -> None:
         """The actor is no more; its time still counts."""
@@ -62,6 +77,7 @@ class Journal:
             "rollout_busy": share(since, "actors busy", "actors idle"),
             "learner_idle": share(since, "learner waiting", "learner training"),
             "learner_busy": share(since, "learner training", "learner waiting"),
+            "wait_for_policy_s": since.get("actors idle", 0.0) / max(1, len(seats)),
             "weights_fetch_s": self.fetch_s,
             "groups_done": ledger.num_done,
             **{f"groups_{key}": counts[key] for key in ("redispatched", "dropped", "filtered")},

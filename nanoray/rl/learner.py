@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ class Learner:
         """Train on all groups of a step; each worker is given all, and takes its share.
 
         Returns:
-            The step's loss over all workers, the figures of `Metrics`, and the times.
+            The step's loss over all workers, the figures of `Metrics` with the gradient's norm,
+            and the times.
         """
         start = time.perf_counter()
         world, device = self._world, self._world.device
@@ -102,8 +104,15 @@ class Learner:
         if device.type == "cuda":
             torch.cuda.synchronize()
         middle = time.perf_counter()
-        self._optimizer.step(lr_multiplier, muon_momentum, weight_decay_multiplier)
+        squares: list[Tensor] = []
+        self._optimizer.step(
+            lr_multiplier,
+            muon_momentum,
+            weight_decay_multiplier,
+            lambda grad: squares.append(grad.float().square().sum()),
+        )
         figures = self._merged(metrics)
+        figures["grad_norm"] = math.sqrt(world.sum_float(sum(squares, torch.zeros(())).cpu()))
         loss_of_all = world.sum_float(loss_sum)
         return loss_of_all, figures, StepTimes(middle - start, time.perf_counter() - middle)
 

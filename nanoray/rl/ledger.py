@@ -179,7 +179,7 @@ class Ledger:
             raise NanorayError(
                 f"no group of step {self.step} teaches anything: in each all samples have the same "
                 f"reward, {self.rules.refill_budget} refills included; take easier or harder "
-                f"questions, more samples a question, or a larger refill budget"
+                f"problems, a higher --num-samples, or a higher --refill-factor"
             )
         assert all(version >= self._oldest for version in self._done.values())
         if len(self._done) < wanted:

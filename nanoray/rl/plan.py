@@ -8,12 +8,17 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from nanoray import storage
-from nanoray.checkpoint import Checkpoint, find_checkpoint
+from nanoray.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    DamagedCheckpointError,
+    Snapshot,
+    list_steps,
+)
 from nanoray.config import RlConfig
 from nanoray.data.words import words_of_run
 from nanoray.errors import NanorayError
 from nanoray.evals.chat_suite import ChatSuite
-from nanoray.model.config import GPTConfig
 from nanoray.rl.algorithms import ALGORITHMS
 from nanoray.rl.ledger import LedgerRules
 from nanoray.rl.reward_worker import TaskReward
@@ -21,6 +26,7 @@ from nanoray.rl.sampler import SamplerSettings, example_index, prompt_ids
 from nanoray.tasks.base import Task
 from nanoray.tasks.catalog import SPELLING, Sources, load_task
 from nanoray.tokenizer import Tokenizer, load_tokenizer
+from nanoray.train.base_run import find_base, name_after, tokenizer_dir
 from nanoray.train.run_plan import RunPlan
 
 _MAX_SLOTS = 64  # more rows make a decoding step longer, not better
@@ -71,12 +77,51 @@ class RlPlan(RunPlan):
             seed=config["seed"],
         )
 
+    # The driver knows its value; workers read what it has written.
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The chat model's; a copy, as the chat run may delete its checkpoint."""
+        return load_tokenizer(self.tokenizer_dir)
+
+    @property
+    def reference_dir(self) -> str:
+        """Where a checkpoint with the weights that ``--kl-coef`` compares with is kept."""
+        return storage.join(self.run_dir, "reference")
+
     def prepare(self) -> None:
-        # The chat run may delete its checkpoint, and that tokenizer with it.
-        load_tokenizer(self.base).save(self.tokenizer_dir)
+        self.tokenizer.save(self.tokenizer_dir)
+        if self.config["kl_coef"] and not list_steps(self.reference_dir):
+            self._keep_reference()
+
+    def _keep_reference(self) -> None:
+        """Copy the chat model's weights: the run needs them to its end.
+
+        Raises:
+            NanorayError: they cannot be read, or not be written.
+        """
+        try:
+            with Checkpoint.at(self.base) as base:
+                weights = Snapshot(base.step, optimizer=(), model=base.model_state())
+        except DamagedCheckpointError as error:
+            raise NanorayError(
+                f"--kl-coef compares with the chat model {self.base}, which is gone or damaged; "
+                f"restore it, or take another --run"
+            ) from error
+        writer = CheckpointWriter(
+            self.reference_dir,
+            rank=0,
+            world_size=1,
+            attempt="reference",
+            keep=1,
+            guard=lambda: None,  # the driver holds the lease
+        )
+        writer.save(weights)
+        writer.wait()
 
     def inputs(self) -> tuple[str, ...]:
-        return (self.base, *(value for value in self.sources.values() if value))
+        # Once there are checkpoints of its own, a run does not read the chat model's.
+        base = () if list_steps(self.checkpoints_dir) else (self.base,)
+        return (*base, *(value for value in self.sources.values() if value))
 
     def micro_tokens(self) -> int:
         rows = int(self.config["device_batch_size"])
@@ -86,6 +131,7 @@ class RlPlan(RunPlan):
         model, config = self.model_config, self.config
         questions, samples = config["questions_per_step"], config["num_samples"]
         behind = config["max_staleness"]
+        penalty = f"KL to the chat model x {config['kl_coef']:g}, its copy in {self.reference_dir}"
         return [
             f"run        {self.run} in {self.run_dir}",
             f"model      {self.base}: depth {model.n_layer}, width {model.n_embd}, "
@@ -96,6 +142,7 @@ class RlPlan(RunPlan):
             f"sampling   {config['rollout_actors']} actors, temperature {config['temperature']:g}, "
             f"top-k {config['top_k']}, "
             + (f"at most {behind} steps behind" if behind else "in step with the learner"),
+            *([f"reference  {penalty}"] if config["kl_coef"] else []),
             f"workers    {config['num_workers']}, micro-batches of {config['device_batch_size']} "
             f"answers",
         ]
@@ -109,19 +156,13 @@ def make_rl_plan(config: RlConfig) -> RlPlan:
             cannot be rewarded, a problem longer than the context, a horizon of no step.
     """
     assert config.from_run
-    root, step = find_checkpoint(config.from_run, config.from_step)
-    with Checkpoint(root, step) as checkpoint:
-        meta, folder = checkpoint.meta, checkpoint.folder
-    base: dict[str, Any] = meta["plan"]
-    model = GPTConfig.from_dict(meta["model_config"])
-    tokenizer = load_tokenizer(folder)
-    run = storage.check_name(config.run or f"{root.rsplit('/', 2)[1]}-rl", "run")
+    run = name_after(config.from_run, config.run, "rl")
     run_dir = storage.run_dir(run)
-    if run_dir == root.rsplit("/", 1)[0]:
-        raise NanorayError(f"--run {run} is the chat run itself; give the new run another name")
+    base = find_base(config, run_dir, "num_questions")
+    model, tokenizer = base.model, base.tokenizer
     words = config.words
     if not words and config.task in SPELLING:
-        words = words_of_run(base)
+        words = words_of_run(base.plan)
     sources = Sources(config.data_dir, words)
     task = load_task(config.task, "train", sources)
     if task.kind != "generative":
@@ -140,22 +181,24 @@ def make_rl_plan(config: RlConfig) -> RlPlan:
     order = (example_index(number, len(task), config.seed) for number in range(asked))
     _check_prompts(task, order, tokenizer, model.sequence_len)
     resolved = config.model_dump(mode="json") | {"run": run, "recipe": model.recipe}
-    return RlPlan(
+    plan = RlPlan(
         config=resolved | {"data_dir": sources.data_dir, "words": sources.words},
         run=run,
         run_dir=run_dir,
         model=model.to_dict(),
-        tokenizer_dir=storage.join(run_dir, "tokenizer"),
+        tokenizer_dir=tokenizer_dir(run_dir),
         tokenizer_fingerprint=tokenizer.fingerprint,
         num_iterations=steps,
         weight_decay=0.0,
         flops_per_token=model.flops_per_token(),
         num_parameters=model.num_parameters_by_group()["total"],
-        base=folder,
-        corpus_dir=base["corpus_dir"],
+        base=base.folder,
+        corpus_dir=base.plan["corpus_dir"],
         sources={"data_dir": sources.data_dir, "words": sources.words},
         num_questions=len(task),
     )
+    plan.__dict__["tokenizer"] = tokenizer  # so that it need not read what is not there yet
+    return plan
 
 
 def _check_prompts(task: Task, indices: Iterable[int], tokenizer: Tokenizer, max_len: int) -> None:

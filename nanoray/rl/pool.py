@@ -104,6 +104,8 @@ class _RayRollouts:
             raise ActorLostError(f"it failed: {error.cause!r}") from error
         except ray.exceptions.RayActorError as error:
             raise ActorLostError(loss_reason(error)) from error
+        except ray.exceptions.RayError as error:  # the answer was lost with the actor's node
+            raise ActorLostError(f"its answer is lost ({type(error).__name__})") from error
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -132,7 +134,8 @@ class _PoolActor:
 
     async def start(self) -> None:
         self.supervisor = Supervisor(self._launch, self._rules, self._settings)
-        self._keeper = asyncio.create_task(keep_books(self.supervisor, self._run_dir))
+        self._over = asyncio.Event()
+        self._keeper = asyncio.create_task(keep_books(self.supervisor, self._run_dir, self._over))
 
     async def call(self, method: str, *args: Any) -> Any:
         """A coroutine of the supervisor."""
@@ -145,9 +148,9 @@ class _PoolActor:
         self.supervisor.resize(size)
 
     async def close(self) -> None:
-        self._keeper.cancel()
         await self.supervisor.close()
-        write_status(self.supervisor.status(), self._run_dir)
+        self._over.set()
+        await self._keeper
 
 
 def start_pool(
@@ -197,14 +200,14 @@ def events_told(pool: Any, tell: Callable[[str], None]) -> Iterator[None]:
     over = threading.Event()
 
     def follow() -> None:
-        told_s = 0.0
+        told = 0
         last_look = False
         while not last_look:
             last_look = over.wait(_EVENTS_PERIOD_S)
             with contextlib.suppress(ray.exceptions.RayError):  # that the learner will tell
                 for event in ray.get(pool.status.remote(), timeout=10)["events"]:
-                    if event["time"] > told_s:
-                        told_s = event["time"]
+                    if event["number"] > told:
+                        told = event["number"]
                         tell(event["text"])
 
     thread = threading.Thread(target=follow, name="pool-events", daemon=True)
@@ -261,24 +264,35 @@ class PoolClient:
             ) from error
 
 
-async def keep_books(supervisor: Supervisor, run_dir: str) -> None:
-    """Write the status, obey the scale file and the idle times, about once a second, for ever."""
+async def keep_books(supervisor: Supervisor, run_dir: str, over: asyncio.Event) -> None:
+    """Write the status, obey the scale file and the idle times, about once a second.
+
+    Once ``over`` is set the status is written a last time: nobody else writes it, so that no
+    older one can come after.
+    """
     period_s = _LOCAL_PERIOD_S if storage.is_local(run_dir) else _REMOTE_PERIOD_S
-    seen = await asyncio.to_thread(_scale_version, run_dir)  # an old command is none
+    seen: str | None = None
+    trouble = ""
     while True:
+        last = over.is_set()
         try:
             version = await asyncio.to_thread(_scale_version, run_dir)
-            if version != seen:
-                seen = version
+            seen, before = version, seen
+            if before not in (None, version):  # what was there at the start is an old command
                 supervisor.resize(await asyncio.to_thread(read_scale, run_dir))
             supervisor.autoscale()
             # Only this thread may look at the supervisor, which changes as it runs.
             await asyncio.to_thread(write_status, supervisor.status(), run_dir)
-        except NanorayError as error:
-            supervisor.journal.tell(str(error))
-        except OSError as error:  # an outage of the storage, which may pass
-            supervisor.journal.tell(f"{run_dir} cannot be reached: {error}")
-        await asyncio.sleep(period_s)
+            trouble = ""
+        except Exception as error:  # a wrong command, a full disk, an outage that may pass
+            cause = "" if isinstance(error, NanorayError) else f"{run_dir} cannot be used: "
+            told, trouble = trouble, f"{cause}{error}"
+            if trouble != told:
+                supervisor.journal.tell(trouble)
+        if last:
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), period_s)
 
 
 def write_status(status: Mapping[str, Any], run_dir: str) -> None:

@@ -12,6 +12,8 @@ import dataclasses
 import importlib
 import json
 import math
+import os
+import re
 import resource
 import signal
 import socket
@@ -22,7 +24,9 @@ from pathlib import Path
 from nanoray.errors import NanorayError
 from nanoray.tasks.catalog import Sources, Split, load_task
 
-_MAX_DETAIL_CHARS = 500
+_MAX_DETAIL_CHARS = 200
+_SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
+_MIN_SECRET_CHARS = 6  # what is shorter stands in any text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +102,16 @@ def _answer(reward: Callable[[int, str], object], index: int, text: str) -> tupl
         problem, detail = "memory", ""
     except BaseException as error:  # sys.exit() too: what a reward does shall not end the pool
         problem, detail = "error", f"{type(error).__name__}: {error}"
-    return 0.0, problem, detail[:_MAX_DETAIL_CHARS]
+    return 0.0, problem, _for_the_log(detail)
+
+
+def _for_the_log(detail: str) -> str:
+    """In one line, not too long, and without the secrets that the environment may hold."""
+    for name, value in os.environ.items():
+        if _SECRET.search(name) and len(value) >= _MIN_SECRET_CHARS:
+            detail = detail.replace(value, "***")
+    plain = "".join(char if char.isprintable() else " " for char in detail)
+    return " ".join(plain.split())[:_MAX_DETAIL_CHARS]
 
 
 def main(settings: Settings) -> None:

@@ -50,6 +50,10 @@ class Reward:
     detail: str = ""
 
 
+class RewardProcessError(RuntimeError):
+    """A process for rewards could not be started. No user's mistake: it may be later."""
+
+
 class RewardPool:
     """Worker processes that compute rewards; `judge` may be called from any number of threads.
 
@@ -60,8 +64,8 @@ class RewardPool:
         memory_bytes: of address space for one worker beyond what it has when its task is open.
 
     Raises:
-        NanorayError: the reward cannot be opened (told in the worker's words), or no worker
-            can be started.
+        NanorayError: the reward cannot be opened (told in the worker's words).
+        RewardProcessError: no worker can be started.
     """
 
     def __init__(
@@ -78,11 +82,11 @@ class RewardPool:
         # One thread for each worker: who has a thread finds a worker.
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="rewards")
         # Workers that are ready, and why one that was wanted is not.
-        self._idle: queue.SimpleQueue[_Worker | NanorayError] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[_Worker | Exception] = queue.SimpleQueue()
         for _ in range(num_workers):
             self._bring_in_background()
         for found in [self._idle.get() for _ in range(num_workers)]:
-            if isinstance(found, NanorayError):
+            if isinstance(found, Exception):
                 self.close()
                 raise found
             self._idle.put(found)
@@ -91,7 +95,8 @@ class RewardPool:
         """The rewards of (index of the example, text of the completion), in their order.
 
         Raises:
-            NanorayError: a worker's replacement cannot be started, or the pool is closed.
+            NanorayError: the pool is closed.
+            RewardProcessError: a worker's replacement cannot be started.
         """
         try:
             return list(self._threads.map(lambda answer: self._judge_one(*answer), answers))
@@ -138,7 +143,7 @@ class RewardPool:
             found = self._idle.get()
             if isinstance(found, _Worker) and found.alive:
                 return found
-            if isinstance(found, NanorayError):
+            if isinstance(found, Exception):
                 self._bring_in_background()
                 raise found
             self._bring_in_background(found)
@@ -158,7 +163,7 @@ class RewardPool:
                 self._workers = (self._workers - {dead}) | {worker}
             worker.wait_ready()
             self._idle.put(worker)
-        except NanorayError as error:
+        except (NanorayError, RewardProcessError) as error:
             self._idle.put(error)
 
 
@@ -183,7 +188,7 @@ class _Worker:
                     start_new_session=True,
                 )
         except OSError as error:
-            raise NanorayError(f"no process for rewards could be started: {error}") from error
+            raise RewardProcessError(f"no process for rewards could be started: {error}") from error
         self._answers = self._socket.makefile("rb")
 
     @property
@@ -192,13 +197,13 @@ class _Worker:
             return self._process.poll() is None
 
     def wait_ready(self) -> None:
-        """Raises NanorayError: it did not start, or cannot open the reward."""
+        """Raises NanorayError: it cannot open the reward; RewardProcessError: it did not start."""
         self._socket.settimeout(_STARTUP_S)
         line = self._read()
         if not line:
             self.kill()
             cause = "its process ended" if line is not None else f"not ready in {_STARTUP_S:.0f} s"
-            raise NanorayError(f"a process for rewards did not start: {cause}")
+            raise RewardProcessError(f"a process for rewards did not start: {cause}")
         if (mistake := json.loads(line)) is not None:
             self.kill()
             raise NanorayError(mistake)

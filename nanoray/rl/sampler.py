@@ -120,7 +120,7 @@ class Sampler:
 
         Raises:
             NanorayError: a prompt leaves no room for an answer.
-            RuntimeError: the engine failed; another one may do better.
+            RuntimeError: the engine or the rewards' processes failed; another one may do better.
         """
         assert self.version >= 0, "there are no weights yet"
         torch.set_num_threads(self._settings.num_threads)  # threads have each their own
@@ -193,4 +193,5 @@ def _sample(completion: Completion, text: str, reward: Reward) -> Sample:
         text=text,
         reward=reward.value,
         problem=reward.problem,
+        detail=reward.detail,
     )

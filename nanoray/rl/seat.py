@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from nanoray.rl.groups import Group
 from nanoray.rl.idle import StateClock
 from nanoray.rl.ledger import Flight, Ledger, spans
+
+Answer = TypeVar("Answer")
 
 
 class ActorLostError(Exception):
@@ -27,10 +30,12 @@ class Weights:
         key: (timeline, version). A learner that goes on from a checkpoint begins a new timeline, in
             which versions come again with other weights; the higher key is the newer.
         content: opaque here: what an actor can fetch.
+        since_s: when they were published, by the monotonic clock.
     """
 
     key: tuple[int, int]
     content: Any
+    since_s: float
 
 
 class Rollouts(Protocol):
@@ -59,6 +64,7 @@ class Seat:
         work: the bundle that it samples, and the ledger that this is booked in.
         leaving: it gets no more work.
         loaded: key of the newest weights that it is known to have.
+        fetching: it is told to fetch newer ones.
         tokens: sampled so far.
     """
 
@@ -69,6 +75,7 @@ class Seat:
     work: tuple[Ledger, Flight] | None = None
     leaving: bool = False
     loaded: tuple[int, int] = (-1, -1)
+    fetching: bool = False
     tokens: int = 0
 
     def __str__(self) -> str:
@@ -92,3 +99,11 @@ def clock_status(clock: StateClock, now_s: float) -> dict[str, Any]:
     """The state, for how long, and the seconds in each, as JSON."""
     seconds = {f"{state}_s": round(s, 3) for state, s in clock.seconds(now_s).items()}
     return {"state": clock.state, "age_s": round(now_s - clock.since_s, 3)} | seconds
+
+
+async def within(answer: Awaitable[Answer], deadline_s: float, what: str) -> Answer:
+    """What an actor answers. Raises ActorLostError: it does not do so in time."""
+    try:
+        return await asyncio.wait_for(answer, deadline_s)
+    except TimeoutError as error:
+        raise ActorLostError(f"no {what} within {deadline_s:g} s") from error

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from nanoray.errors import NanorayError
 from nanoray.rl.groups import Group
@@ -26,9 +26,8 @@ from nanoray.rl.seat import (
     Weights,
     WeightsLostError,
     clock_status,
+    within,
 )
-
-Answer = TypeVar("Answer")
 
 # A bundle that so many actors were lost over is itself the likeliest cause.
 _MAX_LOSSES_OF_A_BUNDLE = 5
@@ -65,6 +64,10 @@ class Taken:
 
     groups: Sequence[Group]
     figures: Mapping[str, float]
+
+
+class SupersededError(Exception):
+    """A later start of the learner has taken the rollout pool over; the run itself goes on."""
 
 
 class Supervisor:
@@ -106,6 +109,7 @@ class Supervisor:
         Args:
             state: what `ledger_state` gave for that step; None: the run begins.
         """
+        assert attempt not in self._attempts, f"attempt {attempt} has begun before"
         ledger = Ledger(self._rules, state)
         assert ledger.step == step, f"the ledger is at step {ledger.step}, the learner at {step}"
         if state is not None:
@@ -123,16 +127,20 @@ class Supervisor:
     async def publish(self, attempt: str, version: int, content: Any) -> None:
         """New weights. Returns at once: the actors fetch them by themselves."""
         self._check(attempt)
-        self._weights = Weights((len(self._attempts), version), content)
+        self._weights = Weights((len(self._attempts), version), content, time.monotonic())
         self._ledger.publish(version)
-        self._start_task(self._broadcast(self._weights))
+        for seat in self._seats.values():
+            if seat.clock.state != "starting" and not seat.fetching:
+                seat.fetching = True
+                self._start_task(self._keep_fresh(seat))
         self._wake()
 
     async def take(self, attempt: str, step: int) -> Taken:
         """The groups of a step; waits for them. Every worker may ask, and gets the same answer.
 
         Raises:
-            NanorayError: they cannot come, or a later attempt has taken over.
+            NanorayError: they cannot come.
+            SupersededError: a later attempt has taken over, here as in the other methods.
         """
         start = time.monotonic()
         while not (attempt in self._attempts and step in self._taken):
@@ -188,7 +196,7 @@ class Supervisor:
 
     def _check(self, attempt: str) -> None:
         if attempt != self._attempts[-1]:
-            raise NanorayError("another start of the learner has taken the rollout pool over")
+            raise SupersededError("another start of the learner has taken the rollout pool over")
 
     # What the pool's owner calls.
 
@@ -246,7 +254,7 @@ class Supervisor:
     async def _serve(self, seat: Seat) -> None:
         try:
             deadline_s = self._settings.start_deadline_s
-            seat.who = await _within(seat.actor.ready(), deadline_s, "start")
+            seat.who = await within(seat.actor.ready(), deadline_s, "start")
             seat.clock.switch("idle", time.monotonic())
             while not (seat.leaving or self._error):
                 if not await self._work(seat):
@@ -272,7 +280,7 @@ class Supervisor:
         seat.clock.switch("busy", time.monotonic())
         try:
             sampling = seat.actor.sample(flight.bundle.numbers, weights)
-            groups = await _within(sampling, self._settings.bundle_deadline_s, "answer")
+            groups = await within(sampling, self._settings.bundle_deadline_s, "answer")
         except WeightsLostError:
             ledger.lost(flight.id)
             if weights is self._weights:  # nothing can be sampled until there are others
@@ -281,8 +289,7 @@ class Supervisor:
                     f"the weights of version {weights.key[1]} are lost with their learner"
                 )
         else:
-            tokens = sum(len(sample.tokens) for group in groups for sample in group.samples)
-            self.journal.sampled(seat, tokens)
+            self.journal.sampled(seat, groups)
             seat.loaded = max(seat.loaded, weights.key)
             self._land(ledger, flight, groups)
         seat.work = None
@@ -324,20 +331,20 @@ class Supervisor:
                 f"the last one because: {reason}"
             )
 
-    async def _broadcast(self, weights: Weights) -> None:
-        """Have all actors that have started fetch the weights; nobody waits for this."""
-        start = time.monotonic()
+    async def _keep_fresh(self, seat: Seat) -> None:
+        """Have an actor fetch the newest weights; nobody waits for this.
 
-        async def send(seat: Seat) -> None:
-            try:
-                await _within(seat.actor.load(weights), self._settings.bundle_deadline_s, "answer")
-            except Exception:  # its next bundle will bring it to light
-                return
-            seat.loaded = max(seat.loaded, weights.key)
-            self.journal.fetch_s = time.monotonic() - start
-
-        started = [seat for seat in self._seats.values() if seat.clock.state != "starting"]
-        await asyncio.gather(*map(send, started))
+        One version at a time: what waits at an actor that hangs would stay in the object store.
+        """
+        try:
+            while (weights := self._weights) and seat.loaded < weights.key:
+                await within(seat.actor.load(weights), self._settings.bundle_deadline_s, "answer")
+                seat.loaded = max(seat.loaded, weights.key)
+                self.journal.fetch_s = time.monotonic() - weights.since_s
+        except Exception:  # its next bundle will bring it to light
+            return
+        finally:
+            seat.fetching = False
 
     # Housekeeping.
 
@@ -388,10 +395,3 @@ class Supervisor:
             f"groups: {ledger.num_done} done, {ledger.num_in_flight} in flight, "
             f"{ledger.num_waiting} waiting; actors: {actors}{last}"
         )
-
-
-async def _within(answer: Awaitable[Answer], deadline_s: float, what: str) -> Answer:
-    try:
-        return await asyncio.wait_for(answer, deadline_s)
-    except TimeoutError as error:
-        raise ActorLostError(f"no {what} within {deadline_s:g} s") from error

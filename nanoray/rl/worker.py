@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from nanoray.checkpoint import Checkpoint
+from nanoray.checkpoint import Checkpoint, list_steps
 from nanoray.metrics import Record
 from nanoray.model.gpt import GPT
 from nanoray.optim.schedule import Schedule
@@ -86,7 +86,7 @@ class RlWorker(TrainWorker):
             ),
             micro_rows=config["device_batch_size"],
             pad_id=self.tokenizer.bos_id,
-            reference=self._frozen_base() if config["kl_coef"] else None,
+            reference=self._reference() if config["kl_coef"] else None,
             kl_coef=config["kl_coef"],
         )
         self._taken: Sequence[Group] = ()
@@ -95,10 +95,11 @@ class RlWorker(TrainWorker):
         with Checkpoint.at(self.plan.base) as base:
             self.model.load_state_dict(base.model_state())
 
-    def _frozen_base(self) -> GPT:
+    def _reference(self) -> GPT:
         model = GPT(self.plan.model_config, compute_dtype=self.dtype).place(self.world.device)
-        with Checkpoint.at(self.plan.base) as base:
-            model.load_state_dict(base.model_state())
+        (step,) = list_steps(self.plan.reference_dir)
+        with Checkpoint(self.plan.reference_dir, step) as reference:
+            model.load_state_dict(reference.model_state())
         return model.requires_grad_(False)
 
     def _make_schedule(self) -> Schedule:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.train
@@ -27,58 +27,19 @@ from nanoray.data.blocks import Block, Cursor, Stream
 from nanoray.data.stream import training_dataset, worker_blocks
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease, LeaseLostError, check_token
-from nanoray.metrics import Sink, wandb_sink
+from nanoray.metrics import Sink, WandbSink
 from nanoray.model.precision import pick_device
 from nanoray.tokenizer import Tokenizer, load_tokenizer
+from nanoray.train.needs import DATA_CPUS
 from nanoray.train.resume import choose_start
 from nanoray.train.run_plan import RunPlan, StreamRunPlan
 from nanoray.train.stages import run_worker
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
-Plan = TypeVar("Plan", bound=RunPlan)
-DATA_CPUS = 1  # at least, for tasks that tokenize and pack
-
 Watcher = Callable[[dict[str, Any]], None]
 # What a worker runs: (plan, world, hooks, step of the checkpoint to go on from) -> summary.
 Run = Callable[[Any, World, Hooks, int], dict[str, Any]]
-
-
-def needs(plan: RunPlan) -> list[fleet.Needs]:
-    """What a run's workers need of a cluster: estimates, on the high side."""
-    low, _high = parse_worker_range(plan.config["num_workers"])
-    model = plan.model_config
-    gpus = float(plan.config["gpus_per_worker"] or 0)
-    if gpus:  # the host holds a checkpoint's copy of weights and two moments, and libraries
-        memory = plan.num_parameters * 4 * 3.5 + 2 * 2**30
-    else:
-        # Weights, gradients and two moments in fp32 with a half for what is in flight, and
-        # about 40 activations of the model's width a layer and token in bf16.
-        activations = plan.micro_tokens() * model.n_embd * model.n_layer * 80
-        memory = plan.num_parameters * 4 * 4.5 + activations
-    paths = (plan.run_dir, *plan.inputs())
-    data_cpus, object_store = 0, 64 * 2**20
-    if isinstance(plan, StreamRunPlan):
-        data_cpus, object_store = DATA_CPUS, max(object_store, 8 * plan.unit_bytes())
-    return [
-        fleet.Needs(
-            num_workers=low,
-            cpus_per_worker=float(plan.config["cpus_per_worker"]),
-            gpus_per_worker=gpus,
-            other_cpus=data_cpus,
-            memory_bytes_per_worker=int(memory),
-            object_store_bytes=object_store,
-            paths=tuple(path for path in paths if storage.is_local(path)),
-        )
-    ]
-
-
-def with_gpus(plan: Plan, resources: dict[str, float]) -> Plan:
-    """The plan with ``gpus_per_worker`` resolved: 1 where there are any GPUs."""
-    if plan.config["gpus_per_worker"] is not None:
-        return plan
-    gpus = 1.0 if resources.get("GPU", 0) else 0.0
-    return plan.with_config(gpus_per_worker=gpus)
 
 
 def fit(plan: RunPlan, lease: Lease, watch: Watcher, run: Run | None = None) -> dict[str, Any]:
@@ -243,6 +204,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     asked = _start_step(plan, board, config["run"]) if world.is_first else 0
     start_step = world.gather(asked)[0]
     processes = world.gather(f"{socket.gethostname()}:{os.getpid()}")
+    attempt = world.gather(uuid.uuid4().hex[:8])[0]  # a process number may come again
     if world.is_first:
         post({"workers": processes})
     hooks = Hooks(
@@ -251,7 +213,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         stop_reason=stop_watch or (lambda: ""),
         guard=lambda: check_token(plan.run_dir, config["token"]),
         sinks=_sinks(plan) if world.is_first else [],
-        attempt=processes[0].rsplit(":", 1)[-1],
+        attempt=attempt,
     )
     try:
         summary = (config["run"] or _run_stream)(plan, world, hooks, start_step)
@@ -291,7 +253,7 @@ def _run_stream(plan: RunPlan, world: World, hooks: Hooks, start_step: int) -> d
 def _sinks(plan: RunPlan) -> list[Sink]:
     sinks = [fleet.gauge_sink(plan.stage, plan.run)]
     if plan.config["wandb"]:
-        sinks.append(wandb_sink(plan.config["wandb"], plan.run, plan.to_dict()))
+        sinks.append(WandbSink(plan.config["wandb"], plan.run, plan.to_dict()))
     return sinks
 
 

@@ -10,19 +10,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from nanoray import storage
-from nanoray.checkpoint import Checkpoint, find_checkpoint, list_steps
-from nanoray.checkpoint.folder import step_of
+from nanoray.checkpoint import list_steps
 from nanoray.config import SftConfig, parse_worker_range
 from nanoray.data.conversations import ConversationStream, lengths_file, load_lengths, measure, pack
 from nanoray.data.plan import layout
 from nanoray.data.words import words_of_run
 from nanoray.errors import NanorayError
 from nanoray.evals.chat_suite import ChatSuite
-from nanoray.model.config import GPTConfig
 from nanoray.tasks.catalog import SPELLING, Sources
 from nanoray.tasks.mixture import MixtureSource, is_file, parse_mixture
 from nanoray.tokenizer import Tokenizer, load_tokenizer
-from nanoray.train.record import begun_with
+from nanoray.train.base_run import Base, find_base, name_after, tokenizer_dir, untold
 from nanoray.train.run_plan import StreamRunPlan
 
 _INHERITED = (
@@ -163,13 +161,14 @@ def make_sft_plan(
         NanorayError: no such base model, data that is not there or breaks the form, a batch
             that does not divide.
     """
-    run = _run_name(config)
-    base = _find_base(config, storage.run_dir(run))
-    model, tokenizer = base.model, base.tokenizer
+    assert config.from_run
+    run = name_after(config.from_run, config.run, "sft")
+    base = find_base(config, storage.run_dir(run), "inherited")
+    model, tokenizer, inherited = base.model, base.tokenizer, _inherited(base)
     resolved = config.model_dump(mode="json") | {"run": run, "recipe": model.recipe}
     for name in _INHERITED:
         if resolved[name] is None:
-            resolved[name] = base.inherited[name]
+            resolved[name] = inherited[name]
     for name in ("mixture", "train_on", "init_lr_frac", "warmdown_ratio"):
         resolved[name] = config.recipe_value(name, model.recipe)
     T, batch_tokens = resolved["max_seq_len"], resolved["total_batch_size"]
@@ -202,7 +201,7 @@ def make_sft_plan(
         run=run,
         run_dir=storage.run_dir(run),
         model=model.to_dict(),
-        tokenizer_dir=_tokenizer_dir(storage.run_dir(run)),
+        tokenizer_dir=tokenizer_dir(storage.run_dir(run)),
         tokenizer_fingerprint=tokenizer.fingerprint,
         num_iterations=config.num_iterations or -(-len(rows) // rows_per_step),
         total_batch_size=batch_tokens,
@@ -210,7 +209,7 @@ def make_sft_plan(
         flops_per_token=model.flops_per_token(),
         num_parameters=model.num_parameters_by_group()["total"],
         base=base.folder,
-        inherited=base.inherited,
+        inherited=inherited,
         corpus_dir=base.plan["corpus_dir"],
         sources={"data_dir": sources.data_dir, "words": sources.words},
         validation=validation,
@@ -233,71 +232,21 @@ def make_sft_plan(
     return plan
 
 
-def _run_name(config: SftConfig) -> str:
-    """The run's name.
+def _inherited(base: Base) -> dict[str, Any]:
+    """What holds where no flag says otherwise: the base run's values.
 
     Raises:
-        NanorayError: it is not usable, or the base run's.
+        NanorayError: its checkpoint does not tell them.
     """
-    assert config.from_run
-    is_path = "/" in config.from_run
-    base = storage.normalize(config.from_run) if is_path else storage.run_dir(config.from_run)
-    if step_of(base.rsplit("/", 1)[1]) is not None:
-        base = base.rsplit("/", 2)[0]
-    run = storage.check_name(config.run or f"{base.rsplit('/', 1)[1]}-sft", "run")
-    if storage.run_dir(run) == base:
-        raise NanorayError(f"--run {run} is the base run itself; give the new run another name")
-    return run
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The model that a run begins with.
-
-    Attributes:
-        folder: of the checkpoint.
-        plan: values of a plan that knows the words and the corpus.
-        inherited: see `SftPlan`.
-    """
-
-    folder: str
-    model: GPTConfig
-    tokenizer: Tokenizer
-    plan: dict[str, Any]
-    inherited: dict[str, Any]
-
-
-def _find_base(config: SftConfig, run_dir: str) -> _Base:
-    """The base model; where the run goes on, as it was: it may be trained on since, or be gone.
-
-    Raises:
-        NanorayError: there is no such base model, or it cannot be read.
-    """
-    assert config.from_run
-    begun = begun_with(run_dir)
-    asked = {"from_run": config.from_run, "from_step": config.from_step}
-    if begun and "inherited" in begun and asked.items() <= begun["config"].items():
-        model = GPTConfig.from_dict(begun["model"])
-        tokenizer = load_tokenizer(_tokenizer_dir(run_dir))
-        return _Base(begun["base"], model, tokenizer, begun, begun["inherited"])
-    root, step = find_checkpoint(config.from_run, config.from_step)
-    with Checkpoint(root, step) as checkpoint:
-        meta, folder = checkpoint.meta, checkpoint.folder
+    if base.begun:
+        found: dict[str, Any] = base.plan["inherited"]
+        return found
     try:
-        plan: dict[str, Any] = meta["plan"]
-        inherited = {name: plan["config"][name] for name in _INHERITED}
-        inherited["total_batch_size"] = plan["total_batch_size"]  # the law's, without a flag
-        model = GPTConfig.from_dict(meta["model_config"])
+        inherited = {name: base.plan["config"][name] for name in _INHERITED}
+        inherited["total_batch_size"] = base.plan["total_batch_size"]  # the law's, without a flag
     except KeyError as error:
-        raise NanorayError(
-            f"{folder}/meta.json does not tell how the model was trained (it has no {error}); take "
-            f"a checkpoint of jobs.pretrain or jobs.sft"
-        ) from error
-    return _Base(folder, model, load_tokenizer(folder), plan, inherited)
-
-
-def _tokenizer_dir(run_dir: str) -> str:
-    return storage.join(run_dir, "tokenizer")
+        raise untold(base.folder, error) from error
+    return inherited
 
 
 def _validation(config: SftConfig, mixture: str) -> str:

@@ -1,0 +1,50 @@
+"""What reinforcement learning needs of a cluster: the learner's workers and the rollout actors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from nanoray import fleet
+from nanoray.config import parse_worker_range
+from nanoray.rl.plan import RlPlan
+from nanoray.train import needs as training
+
+_SAMPLER_BYTES = 2**30  # libraries of a rollout actor
+_FLAGS = "--num-workers or --rollout-actors"
+
+
+def with_gpus(plan: RlPlan, resources: dict[str, float]) -> RlPlan:
+    """The plan with the GPUs of workers and rollout actors resolved: 1 where there are any."""
+    plan = training.with_gpus(plan, resources)
+    if plan.config["rollout_gpus"] is not None:
+        return plan
+    return plan.with_config(rollout_gpus=1.0 if resources.get("GPU", 0) else 0.0)
+
+
+def needs(plan: RlPlan) -> list[fleet.Needs]:
+    """What the learner's workers and the rollout actors need; estimates, on the high side."""
+    config = plan.config
+    actors, _high = parse_worker_range(config["rollout_actors"])
+    cpus, gpus = float(config["rollout_cpus"]), float(config["rollout_gpus"] or 0)
+    (learner,) = training.needs(plan)
+    own = replace(
+        learner,
+        other_cpus=actors * cpus,
+        other_gpus=actors * gpus,
+        others="rollout actors",
+        flags=_FLAGS,
+    )
+    rollouts = fleet.Needs(
+        num_workers=actors,
+        cpus_per_worker=cpus,
+        gpus_per_worker=gpus,
+        other_cpus=learner.num_workers * learner.cpus_per_worker,
+        # The weights, a version that comes in, keys and values.
+        memory_bytes_per_worker=plan.num_parameters * 4 * 3 + _SAMPLER_BYTES,
+        object_store_bytes=max(64 * 2**20, plan.num_parameters * 4 * 3),
+        paths=learner.paths,
+        other_gpus=learner.num_workers * learner.gpus_per_worker,
+        others="the learner",
+        flags=_FLAGS,
+    )
+    return [own, rollouts]
