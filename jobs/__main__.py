@@ -9,7 +9,9 @@ JOBS = {
     "sft": "fine-tune a base model on conversations",
     "rl": "practise a task by reinforcement learning; status and scale of a running one",
     "eval": "bits per byte, samples, CORE, chat tasks, speed of a checkpoint",
+    "status": "every run and live job: step, loss, speed, last sign of life",
     "chat": "talk to a model in the terminal",
+    "serve": "chat over HTTP: an OpenAI-compatible API and a page",
 }
 
 

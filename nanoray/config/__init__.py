@@ -27,7 +27,9 @@ from nanoray.config.eval import (
 )
 from nanoray.config.pretrain import RECIPES, PretrainConfig
 from nanoray.config.rl import RlConfig, RlScaleConfig, RlStatusConfig
+from nanoray.config.serve import ChatServiceConfig, ModelChoice, ServeConfig
 from nanoray.config.sft import SFT_RECIPES, SftConfig
+from nanoray.config.status import StatusConfig
 from nanoray.config.tokenizer import TokenizerConfig
 from nanoray.config.train import TrainConfig
 
@@ -38,19 +40,23 @@ __all__ = [
     "BuildConfig",
     "ChatConfig",
     "ChatEvalConfig",
+    "ChatServiceConfig",
     "CoreConfig",
     "DownloadConfig",
     "EvalConfig",
     "InferConfig",
     "InspectConfig",
     "JobConfig",
+    "ModelChoice",
     "PretrainConfig",
     "RepackageConfig",
     "RlConfig",
     "RlScaleConfig",
     "RlStatusConfig",
     "SampleConfig",
+    "ServeConfig",
     "SftConfig",
+    "StatusConfig",
     "TokenizerConfig",
     "TrainConfig",
     "UsageError",

@@ -22,7 +22,7 @@ from nanoray.errors import NanorayError
 
 ENV_PREFIX = "NANORAY_"
 # Read elsewhere than by a job's fields.
-RESERVED_ENV = {"NANORAY_HOME", "NANORAY_DEBUG"}
+RESERVED_ENV = {"NANORAY_HOME", "NANORAY_DEBUG", "NANORAY_API_KEYS"}
 
 
 class UsageError(NanorayError):

@@ -9,6 +9,27 @@ from pydantic import AfterValidator, Field, model_validator
 from nanoray.config.base import JobConfig
 
 
+def split_names(text: str) -> tuple[str, ...]:
+    """The names in a text with commas between, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _check_names(text: str) -> str:
+    if not split_names(text):
+        raise ValueError("give at least one name, or leave the flag out")
+    return text
+
+
+def _check_limit(limit: int) -> int:
+    if limit == 0:
+        raise ValueError("take at least one, or -1 for all")
+    return limit
+
+
+Names = Annotated[str, AfterValidator(_check_names)]
+Limit = Annotated[int, Field(ge=-1), AfterValidator(_check_limit)]
+
+
 class EvalConfig(JobConfig):
     """What every suite has: the model, and the actors that the work is spread over."""
 
@@ -53,6 +74,7 @@ class BpbConfig(_AnyModelConfig):
     )
     eval_tokens: int = Field(2**21, ge=1, description="tokens of each of the two splits")
     device_batch_size: int = Field(16, ge=1, description="rows of a forward pass")
+    on_bad_shard: Literal["fail", "skip"] = Field("fail", description="what to do with bad data")
 
 
 class SampleConfig(_RunConfig):
@@ -68,14 +90,16 @@ class CoreConfig(_AnyModelConfig):
     bundle: str | None = Field(
         None, description="folder of the eval bundle (default: downloaded to NANORAY_HOME)"
     )
-    tasks: str = Field("", description="only these tasks, by label, with commas between")
-    max_per_task: int = Field(-1, ge=-1, description="examples of a task (-1: all)")
+    tasks: Names | None = Field(
+        None, description="only these tasks, by label, with commas between (default: all 22)"
+    )
+    max_per_task: Limit = Field(-1, description="examples of a task, drawn by lot (-1: all)")
 
 
 class ChatEvalConfig(_RunConfig):
     """``python -m jobs.eval chat``: tasks asked in conversation, and ChatCORE."""
 
-    tasks: str = Field(
+    tasks: Names = Field(
         "arc-easy,arc-challenge,mmlu,gsm8k,humaneval,spelling-bee",
         description="task names, with commas between",
     )
@@ -85,16 +109,24 @@ class ChatEvalConfig(_RunConfig):
     words: str | None = Field(
         None, description="list of words for the spelling tasks, one a line (path or URI)"
     )
-    max_per_task: int = Field(-1, ge=-1, description="examples of a task (-1: all)")
+    max_per_task: Limit = Field(-1, description="examples of a task, evenly spread (-1: all)")
     num_samples: int = Field(1, ge=1, description="answers to a generative problem, for pass@k")
     max_tokens: int = Field(512, ge=1, description="tokens of an answer at most")
     temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token")
     top_k: int = Field(0, ge=0, description="sample from the k likeliest tokens (0: from all)")
 
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.num_samples > 1 and self.temperature == 0:
+            raise ValueError(
+                "--num-samples above 1 needs a --temperature above 0, else all samples are the same"
+            )
+        return self
+
 
 def _check_sizes(text: str) -> str:
     sizes = text.split(",")
-    if not all(size.strip().isdigit() and int(size) >= 1 for size in sizes):
+    if not all(size.strip().isdecimal() and int(size) >= 1 for size in sizes):
         raise ValueError("take numbers with commas between, such as 1,4,16")
     return text
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from nanoray.config.eval import Limit
 from nanoray.config.train import StreamTrainConfig
 
 # What the two recipes set where no flag does (sources: nanochat 92d63d4 and a54691b).
@@ -87,11 +88,9 @@ class SftConfig(StreamTrainConfig):
         "arc-easy,arc-challenge,mmlu,gsm8k,humaneval",
         description="its tasks, with commas between (empty: no such evaluation)",
     )
-    chatcore_max_cat: int = Field(
-        -1, ge=-1, description="questions of a multiple-choice task (-1: all)"
-    )
-    chatcore_max_sample: int = Field(
-        24, ge=-1, description="problems of a task with free answers (-1: all)"
+    chatcore_max_cat: Limit = Field(-1, description="questions of a multiple-choice task (-1: all)")
+    chatcore_max_sample: Limit = Field(
+        24, description="problems of a task with free answers (-1: all)"
     )
     chatcore_max_tokens: int = Field(512, ge=1, description="tokens of an answer at most")
 

@@ -1,0 +1,188 @@
+"""``python -m jobs.serve``: the chat over HTTP, with a page, until Ctrl-C."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from nanoray.checkpoint import find_checkpoint, load_model
+from nanoray.config import ChatServiceConfig, ModelChoice, ServeConfig, parse_worker_range, run_job
+from nanoray.errors import NanorayError
+
+
+def main(argv: Sequence[str]) -> int:
+    config = ServeConfig.parse(argv, "python -m jobs.serve")
+    models = tuple(_pin(model) for model in config.models())
+    if config.export_tokenizer is not None:
+        return export_tokenizer(models, config.export_tokenizer)
+    from serve.keys import read_api_keys
+
+    open_to_all = not read_api_keys(config.api_keys_file)
+    _check_port(config.host, config.port)
+    for model in models:
+        print(f"model {model.name}: {model.run}, step {model.step}")
+    if config.dry_run:
+        for model in models:
+            load_model(model.run, model.step, dtype=config.dtype)
+        print(f"dry run: all is fine; it would listen on {_address(config)}")
+        return 0
+    if open_to_all and not _is_loopback(config.host):
+        print(
+            f"warning: whoever reaches {config.host}:{config.port} may ask: give --api-keys-file",
+            file=sys.stderr,
+        )
+    return serve(config, models)
+
+
+def serve(config: ServeConfig, models: tuple[ModelChoice, ...]) -> int:
+    """Start Ray and Serve, say so when the models answer, drain at the first Ctrl-C."""
+    from serve.proxy import CALLBACK
+
+    os.environ |= CALLBACK  # before Ray starts: its processes inherit it
+    import ray
+    from ray import serve as ray_serve
+
+    from nanoray import fleet
+    from serve.app import NAME
+
+    if fleet.on_cluster() and os.environ.get("NANORAY_API_KEYS"):
+        raise NanorayError(
+            "NANORAY_API_KEYS of this process does not reach the cluster of RAY_ADDRESS; give "
+            "--api-keys-file with a file that every node sees"
+        )
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: _stop(stop))
+    fleet.connect(dashboard=config.dashboard)
+    fleet.preflight(_needs(config, models))
+    try:
+        _deploy(config, models)
+        print(f"ready: {_address(config)}  (Ctrl-C stops)", flush=True)
+        stop.wait()
+        print("finishing the answers under way (Ctrl-C again: not)", flush=True)
+        ray_serve.delete(NAME)  # shutdown() alone ends the proxy at once, and cuts every stream
+        ray_serve.shutdown()
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def _stop(stop: threading.Event) -> None:
+    """The first signal drains, the second one does not."""
+    if stop.is_set():
+        raise KeyboardInterrupt
+    stop.set()
+
+
+def _deploy(config: ServeConfig, models: tuple[ModelChoice, ...]) -> None:
+    from ray import serve as ray_serve
+
+    from serve.app import NAME, AppArgs, build
+
+    service = ChatServiceConfig(
+        models=models,
+        num_slots=config.num_slots,
+        max_len=config.max_len,
+        dtype=config.dtype,
+        num_threads=config.cpus_per_replica,
+        request_timeout_s=config.request_timeout_s,
+        api_keys_file=_absolute(config.api_keys_file),
+    )
+    args = AppArgs(
+        replicas=config.replicas,
+        cpus_per_replica=config.cpus_per_replica,
+        gpus_per_replica=config.gpus_per_replica,
+        num_slots=config.num_slots,
+        max_queue=config.max_queue,
+    )
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray_serve.start(http_options={"host": config.host, "port": config.port})
+    try:
+        ray_serve.run(build(args, service), name=NAME, route_prefix=config.root_path)
+    except RuntimeError as error:
+        raise NanorayError(f"the service did not start: {_why(error)}") from error
+
+
+def _why(error: Exception) -> str:
+    """The replicas' own words, where Serve kept them."""
+    from ray import serve as ray_serve
+
+    from serve.app import NAME
+
+    application = ray_serve.status().applications.get(NAME)
+    deployments = application.deployments.values() if application else ()
+    told = [deployment.message for deployment in deployments if deployment.message]
+    lines = [line.strip() for line in "\n".join(told or [str(error)]).splitlines() if line.strip()]
+    reasons = [line for line in lines if "NanorayError: " in line]
+    return reasons[-1].split("NanorayError: ", 1)[1] if reasons else " ".join(lines[-3:])
+
+
+def _needs(config: ServeConfig, models: Sequence[ModelChoice]) -> Any:
+    from nanoray import fleet
+
+    return fleet.Needs(
+        num_workers=parse_worker_range(config.replicas)[0],
+        cpus_per_worker=config.cpus_per_replica,
+        gpus_per_worker=config.gpus_per_replica,
+        other_cpus=0,
+        memory_bytes_per_worker=0,
+        object_store_bytes=0,
+        paths=tuple(model.run for model in models if model.run.startswith("/")),
+        flags="--replicas or --{}-per-replica",
+    )
+
+
+def _pin(model: ModelChoice) -> ModelChoice:
+    """The very step that is the last one now: a replica that starts later shall serve it, too."""
+    root, step = find_checkpoint(model.run, model.step)
+    return model.model_copy(update={"run": root.removesuffix("/checkpoints"), "step": step})
+
+
+def export_tokenizer(models: Sequence[ModelChoice], folder: str) -> int:
+    """Write the first model's tokenizer for those who read Hugging Face's form."""
+    from nanoray.tokenizer.export import export_hf
+
+    loaded = load_model(models[0].run, models[0].step)
+    export_hf(loaded.tokenizer, folder)
+    print(f"the tokenizer of {models[0].name}: {folder}")
+    return 0
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(address)
+    except OSError as error:
+        raise NanorayError(
+            f"{host}:{port} cannot be listened on ({error.strerror or error}); take another "
+            f"--port or --host"
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _address(config: ServeConfig) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http://{host}:{config.port}{config.root_path.rstrip('/')}/"
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
+
+
+if __name__ == "__main__":
+    run_job(main)
