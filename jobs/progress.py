@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 LINE_EVERY_S = 5.0  # between plain lines
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """As minutes:seconds, with hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -28,7 +29,7 @@ def step_text(record: dict[str, Any], num_steps: int) -> str:
         f"{record['tokens_per_s']:,.0f} tok/s",
         f"mfu {100 * record['mfu']:.0f} %",
         f"wait {100 * waited_s / record['step_s']:.1f} %",
-        f"eta {_duration(record['eta_s'])}",
+        f"eta {duration(record['eta_s'])}",
     ]
     return " · ".join(parts)
 

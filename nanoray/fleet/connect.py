@@ -22,7 +22,8 @@ from nanoray import storage
 from nanoray.errors import NanorayError
 
 CONNECT_DEADLINE_S = 5.0
-PREFLIGHT_DEADLINE_S = 8.0
+# A node may have to unpack the job and start its first worker; a shortfall is told before.
+PREFLIGHT_DEADLINE_S = 60.0
 # A local Ray gets more logical CPUs than there are cores: trainers sleep while they wait for data
 # and data tasks while they wait for room, and a trainer sets its own number of threads.
 EXTRA_LOGICAL_CPUS = 2
@@ -227,7 +228,7 @@ def check_places(needs: Needs, nodes: Sequence[dict[str, float]]) -> None:
 
 
 def preflight(needs: Needs) -> None:
-    """Compare a plan with the connected cluster; refuse within 10 s rather than wait for ever.
+    """Compare a plan with the connected cluster; refuse at once rather than wait for ever.
 
     Raises:
         NanorayError: what is missing, in one sentence.
