@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import demo_home
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import demo_home
 from nanoray.evals.core import evaluate_examples
 from nanoray.evals.core_bundle import Example, Task, read_bundle
 from nanoray.evals.core_score import CachedScorer

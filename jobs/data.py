@@ -19,8 +19,8 @@ from nanoray.config import (
     run_job,
 )
 from nanoray.data.build import build_docstrings, build_from
-from nanoray.data.corpus import Corpus
-from nanoray.data.download import PUBLISHED, download_corpus, wanted_shards
+from nanoray.data.corpus import Corpus, read_corpus
+from nanoray.data.download import PUBLISHED, check_target, download_corpus, wanted_shards
 from nanoray.data.report import inspect_corpus, render
 from nanoray.data.shards import list_shards
 from nanoray.data.sources import expand
@@ -63,7 +63,7 @@ def download(config: DownloadConfig) -> int:
     names = wanted_shards(published, config.num_shards)
     print(f"{len(names)} shards from {published.base_url} -> {out_dir}", flush=True)
     if config.dry_run:
-        storage.check_writable(out_dir)
+        check_target(published, out_dir)
         missing = sorted(set(names) - set(storage.list_names(out_dir)))
         print(f"dry run: {len(names) - len(missing)} are there, {len(missing)} would be fetched")
         return 0
@@ -85,7 +85,7 @@ def build(config: BuildConfig) -> int:
     out_dir = storage.data_dir(config.corpus)
     if config.source is None and config.corpus != "docstrings":
         raise UsageError(f"--corpus {config.corpus} needs --from PATH|GLOB|URI, the text to build")
-    files = expand(config.source) if config.source is not None else []
+    files = expand(config.source, print) if config.source is not None else []
     what = f"{len(files)} file(s)" if files else "docstrings of the installed packages"
     print(f"{what} -> {out_dir}", flush=True)
     if config.dry_run:
@@ -121,7 +121,7 @@ def repackage(config: RepackageConfig) -> int:
     if not re.search(r"[/*?\[]|\.parquet$", source):
         source = storage.data_dir(source)
     out_dir = storage.data_dir(config.corpus)
-    files = expand(source)
+    files = expand(source, print)
     print(f"{len(files)} file(s) of {source} -> {out_dir}", flush=True)
     if config.dry_run:
         return _checked(out_dir)
@@ -153,6 +153,9 @@ def inspect(config: InspectConfig) -> int:
 
 def _checked(out_dir: str) -> int:
     storage.check_writable(out_dir)
+    there = read_corpus(out_dir)
+    if there is not None and there.complete:
+        print(f"{out_dir} holds a corpus, which stays: if made of other data, the job will refuse")
     print("dry run: sources and target are fine")
     return 0
 

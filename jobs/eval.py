@@ -23,6 +23,7 @@ from nanoray.config import (
     UsageError,
     run_job,
 )
+from nanoray.config.eval import split_names
 from nanoray.data.shards import list_shards, split_shards
 from nanoray.errors import NanorayError
 
@@ -59,7 +60,9 @@ def bpb(config: BpbConfig) -> int:
             raise NanorayError("give the text to measure on: --corpus NAME")
         corpus_dir = storage.data_dir(corpus or subject.loaded.meta["plan"]["corpus_dir"])
         split_shards(list_shards(corpus_dir))  # a corpus that is not there is told now
-        return BpbSuite(corpus_dir, config.eval_tokens, config.device_batch_size)
+        return BpbSuite(
+            corpus_dir, config.eval_tokens, config.device_batch_size, config.on_bad_shard
+        )
 
     return _evaluate("bpb", config, suite)
 
@@ -81,8 +84,7 @@ def core(config: CoreConfig) -> int:
         else:
             with CountProgress("{:,} of {:,} bytes of the CORE bundle") as progress:
                 bundle = download_bundle(observe=lambda done, total: progress(done, total or 0))
-        labels = tuple(label.strip() for label in config.tasks.split(",") if label.strip())
-        return CoreSuite(bundle, labels, config.max_per_task)
+        return CoreSuite(bundle, split_names(config.tasks or ""), config.max_per_task)
 
     return _evaluate("core", config, suite)
 
@@ -93,7 +95,7 @@ def chat(config: ChatEvalConfig) -> int:
     from nanoray.tasks.catalog import SPELLING, Sources
 
     def suite(subject: Any) -> ChatSuite:
-        names = tuple(name.strip() for name in config.tasks.split(",") if name.strip())
+        names = split_names(config.tasks)
         words = config.words
         if not words and SPELLING & set(names):
             words = words_of_run(subject.checkpoint.meta["plan"])
@@ -112,10 +114,11 @@ def chat(config: ChatEvalConfig) -> int:
 
 
 def infer(config: InferConfig) -> int:
-    from nanoray.evals.infer import measure
+    from nanoray.evals.infer import check_length, measure
     from nanoray.evals.suites import Report
 
     subject = _source(config).load()
+    check_length(subject.checkpoint.model, config.prompt_tokens, config.new_tokens)
     if config.dry_run:
         print(f"dry run: {subject.checkpoint.path} is fine")
         return 0
@@ -181,7 +184,7 @@ def _evaluate(name: str, config: EvalConfig, make_suite: Callable[[Any], Any]) -
             work = suite.worker(subject)
             done = ((i, work(item)) for i, item in enumerate(items))
         else:
-            done = _spread(name, config, suite, source)
+            done = _spread(name, config, suite, items, source)
         for count, (index, result) in enumerate(done, 1):
             results[index] = result
             progress(count, len(items))
@@ -189,7 +192,9 @@ def _evaluate(name: str, config: EvalConfig, make_suite: Callable[[Any], Any]) -
     return 0
 
 
-def _spread(name: str, config: EvalConfig, suite: Any, source: Any) -> Iterator[tuple[int, Any]]:
+def _spread(
+    name: str, config: EvalConfig, suite: Any, items: Sequence[Any], source: Any
+) -> Iterator[tuple[int, Any]]:
     """The suite's (index, result) from actors, as they come."""
     from nanoray import fleet
     from nanoray.evals.suites import threads_per_actor
@@ -202,7 +207,6 @@ def _spread(name: str, config: EvalConfig, suite: Any, source: Any) -> Iterator[
     fleet.preflight(needs)
     if not gpus:
         source = replace(source, num_threads=threads_per_actor(config.num_actors))
-    items = suite.items()
     pool: fleet.ActorPool[Any, Any] = fleet.ActorPool(
         lambda: suite.worker(source.load()),
         min(config.num_actors, len(items)),

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
@@ -64,9 +66,15 @@ def is_alive(lease: dict[str, Any]) -> bool:
                 process.status() != psutil.STATUS_ZOMBIE
                 and abs(started - float(lease["process_started"])) < 1
             )
-        except (psutil.NoSuchProcess, KeyError, ValueError):
+        except (psutil.NoSuchProcess, KeyError, ValueError, TypeError):
             return False
-    return time.time() - float(lease.get("heartbeat", 0)) < EXPIRY_S
+    return _age_s(lease) < EXPIRY_S
+
+
+def _age_s(lease: dict[str, Any]) -> float:
+    """Seconds since the last heartbeat; for ever where the file does not tell."""
+    heartbeat = lease.get("heartbeat")
+    return time.time() - heartbeat if isinstance(heartbeat, int | float) else math.inf
 
 
 class Lease:
@@ -88,27 +96,37 @@ class Lease:
 
     def _acquire(self) -> None:
         storage.make_dirs(self.run_dir)
-        if storage.is_local(self.run_dir):
-            lock = storage.join(self.run_dir, ".lease.lock")
-            try:
-                with FileLock(lock, timeout=LOCK_DEADLINE_S):
-                    self._take()
-            except Timeout as error:
-                raise NanorayError(
-                    f"{lock} was held by another start of this run for {LOCK_DEADLINE_S:.0f} s; "
-                    f"stop that one first"
-                ) from error
-        else:
+        with self._locked():
+            self._take()
+        if not storage.is_local(self.run_dir):
             # Object stores have no lock: of two that write at once, the later write wins, and
             # the other sees it here or at its next heartbeat.
-            self._take()
             time.sleep(1.0)
             self.check()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Look and write as one act, where files can be locked."""
+        if not storage.is_local(self.run_dir):
+            yield
+            return
+        lock = FileLock(storage.join(self.run_dir, ".lease.lock"), timeout=LOCK_DEADLINE_S)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise NanorayError(
+                f"{lock.lock_file} was held by another start of this run for "
+                f"{LOCK_DEADLINE_S:.0f} s; stop that one first"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _take(self) -> None:
         holder = read_lease(self.run_dir)
         if holder and is_alive(holder):
-            age_s = time.time() - float(holder.get("heartbeat", 0))
+            age_s = _age_s(holder)
             raise NanorayError(
                 f"run {self.run_dir.rsplit('/', 1)[-1]} is being written by process "
                 f"{holder.get('pid')} on {holder.get('host')} (last sign of life {age_s:.0f} s "
@@ -128,11 +146,16 @@ class Lease:
         }
         storage.write_text(self._uri, json.dumps(lease))
 
+    def _renew(self, released: bool = False) -> None:
+        self.check()  # locking would make the folder of a removed run anew
+        with self._locked():
+            self.check()  # a process that was halted since may have lost the run
+            self._write(released)
+
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                check_token(self.run_dir, self.token)
-                self._write()
+                self._renew()
             except LeaseLostError:
                 self._lost.set()
                 return
@@ -153,9 +176,7 @@ class Lease:
         self._thread.join(timeout=10)
         # A lease that cannot be written (disk full) ends with this process all the same.
         with contextlib.suppress(Exception):
-            holder = read_lease(self.run_dir)
-            if holder and holder.get("token") == self.token:
-                self._write(released=True)
+            self._renew(released=True)
 
 
 def check_token(run_dir: str, token: str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from nanoray.errors import NanorayError
 
 Record = Mapping[str, Any]
 Sink = Callable[[Record], None]
+WANDB_DEADLINE_S = 60.0
 
 
 def read_records(uri: str) -> list[dict[str, Any]]:
@@ -81,6 +83,9 @@ class MetricsLog:
                 storage.write_text(self._uri, "".join(self._lines))
 
     def close(self) -> None:
+        for sink in self._sinks:
+            if isinstance(sink, WandbSink):
+                sink.close()
         self.sync()
         if self._file:
             with self._explained():
@@ -97,14 +102,28 @@ class MetricsLog:
             ) from error
 
 
-def wandb_sink(project: str, run: str, config: dict[str, Any]) -> Sink:
-    """A sink that logs to Weights & Biases; a resumed run goes on in the same wandb run."""
-    import wandb  # slow to import, and few runs use it
+class WandbSink:
+    """Logs to Weights & Biases; a resumed run goes on in the same wandb run.
 
-    wandb_run = wandb.init(project=project, name=run, id=run, resume="allow", config=config)
+    Raises:
+        NanorayError: wandb does not start (no key, no network).
+    """
 
-    def sink(record: Record) -> None:
+    def __init__(self, project: str, run: str, config: dict[str, Any]) -> None:
+        import wandb  # slow to import, and few runs use it
+
+        with storage.explained(
+            "wandb does not start",
+            "log in with `wandb login`, set WANDB_MODE=offline, or leave out --wandb",
+        ):
+            self._run = wandb.init(project=project, name=run, id=run, resume="allow", config=config)
+
+    def __call__(self, record: Record) -> None:
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-        wandb_run.log(numbers, step=int(record["step"]))
+        self._run.log(numbers, step=int(record["step"]))
 
-    return sink
+    def close(self) -> None:
+        """Send what is left: Ray kills its workers, and then wandb takes the run for crashed."""
+        sending = threading.Thread(target=self._run.finish, name="wandb", daemon=True)
+        sending.start()
+        sending.join(WANDB_DEADLINE_S)

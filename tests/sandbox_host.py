@@ -36,7 +36,8 @@ class Host(SimpleNamespace):
             f"{self.sibling.pid}, {self.port}, {self.descriptor}\n"
         )
         start = time.monotonic()
-        result = run_python(prelude + code, **({"timeout_s": 5.0} | limits))  # type: ignore[arg-type]
+        limits = {"timeout_s": 5.0, "require": frozenset()} | limits
+        result = run_python(prelude + code, **limits)  # type: ignore[arg-type]
         assert time.monotonic() - start < 10
         assert SECRET not in result.stdout + result.stderr
         assert "ESCAPED" not in result.stdout

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanoray import storage
-from nanoray.checkpoint import CheckpointWriter, Snapshot, load_model, step_dir
+from nanoray.checkpoint import CheckpointWriter, Snapshot, delete, load_model, step_dir
 from nanoray.errors import NanorayError
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT
@@ -53,6 +53,25 @@ def run_dir(home: Path) -> str:
     for step in (10, 20):
         save_model(folder, step)
     return folder
+
+
+def test_a_checkpoint_that_goes_while_it_is_loaded(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run trains on: it saves step 30 and deletes step 20, which was the latest just now."""
+    read_bytes = storage.read_bytes
+
+    def train_on(uri: str) -> bytes:
+        if uri.endswith("step_000020/meta.json"):
+            save_model(run_dir, 30)
+            delete(storage.join(run_dir, "checkpoints"), 20)
+        return read_bytes(uri)
+
+    monkeypatch.setattr(storage, "read_bytes", train_on)
+    assert load_model("small", device=CPU).step == 30
+    save_model(run_dir, 20)
+    delete(storage.join(run_dir, "checkpoints"), 30)
+    refused(r"no complete checkpoint of step 20; there are 10, 30", "small", step=20)
 
 
 def refused(match: str, *args: Any, **options: Any) -> None:

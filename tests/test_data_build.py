@@ -105,6 +105,8 @@ def test_docstrings_smallest_package_first_and_deduplicated(
     monkeypatch.setattr(sysconfig, "get_paths", lambda: paths)
     names = [Path(file).relative_to(tmp_path / "lib").parts[0] for file in source_files()]
     assert names == ["single.py"] + ["small"] * 3 + ["big"] * 30
+    (tmp_path / "lib" / "small" / ".#m00.py").symlink_to("me@host.1:2")  # an editor's lock
+    assert len(source_files()) == 34
     corpus = build_docstrings(str(tmp_path / "all"), num_workers=1)
     assert (corpus.num_documents, corpus.skipped) == (24, {"duplicate": 10})
     assert corpus.num_shards == MIN_SHARDS
@@ -264,6 +266,35 @@ def test_object_store(tmp_path: Path) -> None:
     fs.rm("/bucket", recursive=True)
 
 
+def test_odd_names_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Brackets are a glob only where no file has them; a folder is one whatever it is called."""
+    folder = tmp_path / "my texts é"
+    (folder / "notes.txt").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    for name in (
+        "draft [1].txt",
+        "b.json",
+        "c.ndjson.gz",
+        "notes.txt/d.md",
+        "e.html",
+        "f.parquet.gz",
+    ):
+        (folder / name).write_text("one")
+    (folder / ".git" / "description.txt").write_text("hidden")
+    (folder / "._a.txt").write_bytes(b"\xff")
+
+    def names(source: str) -> list[str]:
+        return [name.removeprefix(f"{folder}/") for name in expand(source, left_out.append)]
+
+    left_out: list[str] = []
+    assert names(str(folder / "draft [1].txt")) == ["draft [1].txt"]
+    assert names(str(folder / "notes.txt")) == ["notes.txt/d.md"]
+    assert names(str(folder / "*.txt")) == ["draft [1].txt"]
+    assert left_out == []
+    assert names(str(folder)) == ["b.json", "c.ndjson.gz", "draft [1].txt", "notes.txt/d.md"]
+    assert [text.split(" of ")[0] for text in left_out] == ["left out: 2 files"]
+
+
 def test_refusals(tmp_path: Path) -> None:
     target = str(tmp_path / "c")
     (tmp_path / "x.csv").write_text("a,b")
@@ -274,11 +305,14 @@ def test_refusals(tmp_path: Path) -> None:
         ("gone", "no file or folder"),
         ("x.csv", "cannot tell what kind of file"),
         ("empty", "no file of a known kind"),
-        ("*.jsonl", "no file of a known kind"),
-        ("one.txt", "only 1 usable document"),
+        ("*.jsonl", "no file matches"),
+        ("*.csv", "no file of a known kind"),
+        ("one.txt", r"one\.txt has 1 usable documents, but a corpus needs two"),
     ]:
         with pytest.raises(NanorayError, match=message):
             build_from(str(tmp_path / source), target)
+    with pytest.raises(NanorayError, match="--from is empty"):
+        build_from("", target)  # an unset variable of the shell, not this folder
     with pytest.raises(NanorayError, match=r"cannot be written|not writable"):
         build_from(str(tmp_path / "one.txt"), str(tmp_path / "x.csv" / "inside"))
     assert storage.list_names(target) == [".build.lock", "corpus.json"]

@@ -361,3 +361,15 @@ def test_gsm8k_renders_packs_and_streams(
     assert [step.hash() for step in rows] == [step.hash() for step in local]
     assert len(rows) == steps
     assert total_s < 40, "20 s on an idle machine of two cores"
+
+
+def test_a_message_names_the_conversations_of_its_rows() -> None:
+    stream = stream_of(Chats([(3, 12)] * 40), 40, num_steps=20)
+    (row,) = stream._unit(3)[5:6]
+    described = stream.describe_unit(3, np.array([5]))
+    assert described == (
+        "conversations " + ", ".join(f"{n} ('{n}qqq'…)" for n in row) + " of the mixture"
+    )
+    rows = np.arange(16)
+    total = sum(map(len, stream._unit(3)))
+    assert stream.describe_unit(3, rows).endswith(f"…) and {total - 4} more of the mixture")

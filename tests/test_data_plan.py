@@ -16,7 +16,7 @@ from nanoray.data.blocks import Cursor, local_blocks, step_rows, unit_block
 from nanoray.data.plan import StreamPlan, layout, plan_stream
 from nanoray.data.shards import OnBad, row_groups
 from nanoray.errors import NanorayError
-from nanoray.tokenizer import Tokenizer, load_tokenizer
+from nanoray.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 T = 32
 Texts = list[str | None]
@@ -116,6 +116,20 @@ def test_too_little_text_for_a_row_is_said_when_planning(
         make_plan(write(tmp_path, [["tiny"], ["text"]]), tokenizer, 10)
     with pytest.raises(NanorayError, match="too little text for one row of 32 tokens"):
         make_plan(write(tmp_path, [NULLS, NULLS]), tokenizer, 10)
+
+
+@pytest.mark.parametrize("num_letters", [24, 30, 31, 32, 33, 63, 64, 65])
+def test_about_one_row_is_counted_not_estimated(tmp_path: Path, num_letters: int) -> None:
+    """An estimate said "one row" of a unit without any: a stream of 300,000 empty units."""
+    uris = write(tmp_path, [["x" * num_letters]])
+    num_rows = num_letters // T  # of BOS and T tokens
+    if not num_rows:
+        with pytest.raises(NanorayError, match="too little text for one row of 32 tokens"):
+            make_plan(uris, ByteTokenizer(), 1000)
+        return
+    plan = make_plan(uris, ByteTokenizer(), 1000)
+    needed = (1000 + 2 * plan.layout.slab_steps) * plan.layout.rows_per_step
+    assert needed <= plan.num_units * num_rows <= 4.1 * needed
 
 
 def test_what_a_unit_without_rows_skipped_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -113,6 +113,17 @@ def test_bad_rows_are_named_through_ray_or_counted(ray_session: None, tmp_path: 
     assert bytes_of(tmp_path / "a") != bytes_of(tmp_path / "b")
 
 
+@pytest.mark.slow
+def test_too_few_usable_documents_for_the_shards(ray_session: None, tmp_path: Path) -> None:
+    """They fall into every second shard; no other node is to blame."""
+    from nanoray.data.repackage import repackage
+
+    texts = ["a", " "] * 6
+    write_shard(str(tmp_path / "source" / "x.parquet"), texts, row_group_size=2)
+    with pytest.raises(NanorayError, match=r"documents are unusable \(6\) that 1 of 2 shards"):
+        repackage(str(tmp_path / "source"), str(tmp_path / "out"), on_bad="skip")
+
+
 def test_refusals_before_ray(tmp_path: Path) -> None:
     from nanoray.data.repackage import repackage
 

@@ -148,6 +148,28 @@ def test_missing_column_and_wrong_type(tmp_path: Path) -> None:
     assert skipped == {"shard_missing_column": 1, "shard_wrong_type": 1}
 
 
+def test_other_forms_of_strings_are_text(tmp_path: Path) -> None:
+    texts = ["one", None, "two", "one", ""]
+    plain = pa.array(texts, pa.string())
+    for i, values in enumerate([plain.dictionary_encode(), plain.cast(pa.string_view())]):
+        uri = str(tmp_path / f"shard_{i}.parquet")
+        pq.write_table(pa.table({"text": values}), uri)
+        assert row_groups([uri])[0].num_rows == 5
+        assert read_row_group(uri, 0, "skip") == (["one", "two", "one"], {"null": 1, "empty": 1})
+
+
+def test_a_message_offers_what_a_run_that_has_begun_can_do(tmp_path: Path) -> None:
+    """It is refused with other data, but may skip."""
+    uri = write_raw(tmp_path / "shard_0.parquet", [b"a", b""])
+    cut = str(tmp_path / "shard_1.parquet")
+    Path(cut).write_bytes(Path(uri).read_bytes()[:-20])
+    for bad in (uri, cut):
+        with pytest.raises(NanorayError, match=r"pass --on-bad-shard skip to leave it out, or"):
+            read_row_group(bad, 0)
+    with pytest.raises(NanorayError, match="a run that has begun goes on with its old data only"):
+        read_row_group(uri, 0)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.0001, 0.5, 0.99])
 def test_cut_short(tmp_path: Path, share: float) -> None:
     uri = str(tmp_path / "shard_00003.parquet")
@@ -332,6 +354,12 @@ def test_inspection_lists_every_problem(tmp_path: Path) -> None:
     os.truncate(damaged, 100)
     assert "magic" in inspect_shard(damaged).problems[0].lower()
     assert "2 of 2 shards have problems" in render([report, inspect_shard(damaged)])
+
+
+def test_a_document_cannot_command_the_terminal(tmp_path: Path) -> None:
+    uri = write_raw(tmp_path / "shard_0.parquet", [b"\x1b[2J\0red\r\nnext\t\xc2\x9bx"])
+    shown = "\n".join(render([inspect_shard(uri, num_documents=1)]))
+    assert "\\x1b[2J\\x00red\\r\nnext\t\\x9bx" in shown
 
 
 def test_histogram() -> None:

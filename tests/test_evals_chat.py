@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,6 +190,43 @@ def test_an_answer_must_be_one_token() -> None:
 
     with pytest.raises(NanorayError, match="the answer 'no' is 2 tokens"):
         evaluate_categorical(Recorder(), TOKENIZER, Words(), [0], max_len=512)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_damaged_model_gets_no_accuracy(value: float) -> None:
+    def broken(prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
+        return torch.full((len(prompts), len(token_ids)), value)
+
+    with pytest.raises(NanorayError, match="weights are damaged"):
+        evaluate_categorical(broken, TOKENIZER, Colours(), [0, 1], max_len=512)
+
+
+def test_few_examples_are_of_the_whole_task_and_bad_rows_are_told_first(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"q{i}", "answer": i % 4, "choices": list("wxyz"), "subject": f"s{i // 100}"}
+        for i in range(1000)
+    ]
+    path = tmp_path / "mmlu" / "test.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = ChatSuite(("mmlu",), Sources(str(tmp_path)), max_per_task=100)
+    task = suite._tasks["mmlu"]
+    assert Counter(task.example(i)["subject"] for i in range(100)) == Counter(
+        {f"s{i}": 10 for i in range(10)}
+    )
+    rows[990]["answer"] = 9
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(NanorayError, match=r"test.jsonl, line 991: the answer 9 is none"):
+        ChatSuite(("mmlu",), Sources(str(tmp_path)), max_per_task=100).items()
+
+
+def test_problems_are_told_below_the_table() -> None:
+    suite = ChatSuite(("arithmetic",), Sources(), max_per_task=2)
+    fine, failed = ExampleResult(0, ("",), 0), ExampleResult(1, (), 0, "the prompt is too long")
+    assert suite.report([("arithmetic", [fine, replace(fine, index=1)])]).text == ""
+    text = suite.report([("arithmetic", [fine, failed])]).text
+    assert text.startswith("arithmetic: of 2 examples 1")
+    assert text.endswith("the prompt is too long")
 
 
 def test_generative_results_depend_on_the_example_alone() -> None:

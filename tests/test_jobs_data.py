@@ -144,6 +144,37 @@ def test_environment_and_yaml(job: Job, tmp_path: Path, monkeypatch: pytest.Monk
     assert "unknown keys: corpuss" in err
 
 
+def test_a_dry_run_says_what_the_job_would_refuse(job: Job, tmp_path: Path) -> None:
+    flags = ("build", "--corpus", "words", "--from", words_file(tmp_path))
+    assert "holds a corpus" not in job(*flags, "--dry-run")[1]
+    assert job(*flags)[0] == 0
+    code, out, _err = job(*flags, "--seed", "7", "--dry-run")
+    assert code == 0
+    assert "data/words holds a corpus, which stays: if made of other data" in out
+    code, _out, err = job(*flags, "--seed", "7")
+    assert code == 1
+    assert "already holds a corpus of another source: seed 42 instead of 7; delete" in err
+    other = tmp_path / "home" / "data" / "climbmix"
+    other.mkdir(parents=True)
+    (other / "corpus.json").write_text('{"source": {"kind": "files"}, "complete": true}')
+    code, _out, err = job("download", "--dry-run")
+    assert code == 1
+    assert "holds a corpus of another source: kind 'files' instead of 'download'" in err
+    (other / "corpus.json").write_text('{"source": null, "complete": true}')
+    code, _out, err = job("download")
+    assert code == 1
+    assert "corpus.json is not a corpus description" in err
+
+
+def test_left_out_files_are_told(job: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    words_file(folder)
+    (folder / "page.html").write_text("<p>")
+    out = job("build", "--corpus", "words", "--from", str(folder), "--dry-run")[1]
+    assert "left out: 1 files of other kinds than .parquet" in out
+
+
 def test_download(job: Job, tmp_path: Path) -> None:
     write_shard(str(tmp_path / "x.parquet"), [f"document {i}" for i in range(100)])
     with FaultServer(default=(tmp_path / "x.parquet").read_bytes()) as server:

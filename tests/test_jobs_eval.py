@@ -14,9 +14,10 @@ from jobs import eval as job
 from nanoray.checkpoint import load_model
 from nanoray.config import UsageError
 from nanoray.errors import NanorayError
-from nanoray.evals.infer import decode_bytes
+from nanoray.evals.infer import decode_bytes, measure
 from nanoray.evals.sample import PROMPTS, naive_generate, sample_report
 from nanoray.metrics import read_records
+from nanoray.tasks.spelling import SpellingBee
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,17 @@ def test_infer_tells_every_batch_size(use_home: Path, capsys: pytest.CaptureFixt
         )
     assert "TTFT" in capsys.readouterr().out
     with pytest.raises(NanorayError, match="more than this model can read"):
-        job.main(["infer", "--run=tiny", "--prompt-tokens=5000"])
+        job.main(["infer", "--run=tiny", "--prompt-tokens=5000", "--dry-run"])
+
+
+def test_infer_tells_no_figure_that_is_noise(
+    use_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoray.evals.infer.statistics.median", lambda _seconds: 1.0)
+    monkeypatch.setattr("nanoray.evals.infer.copy_bandwidth", lambda _device: 1.0)
+    model = load_model("tiny", dtype="float32").model
+    with pytest.raises(NanorayError, match="raise --new-tokens or --repeats"):
+        measure(model, [1], prompt_tokens=4, new_tokens=2, repeats=1, seed=0)
 
 
 def test_a_decoding_step_reads_matrices_and_what_the_windows_show(use_home: Path) -> None:
@@ -115,11 +126,22 @@ def test_a_mistake_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "words", [["bpb"], ["bpb", "--run=a", "--hf-path=b"], ["nonsense"], ["infer", "--run=a",
-    "--batch-sizes=1,x"]]
-)  # fmt: skip
-def test_bad_usage(use_home: Path, words: list[str]) -> None:
-    with pytest.raises(UsageError):
+    ("words", "message"),
+    [
+        (["bpb"], "give the model"),
+        (["bpb", "--run=a", "--hf-path=b"], "one of the two"),
+        (["nonsense"], "usage:"),
+        (["infer", "--run=a", "--batch-sizes=1,x"], "numbers with commas between"),
+        (["infer", "--run=a", "--batch-sizes=²"], "numbers with commas between"),
+        (["core", "--run=tiny", "--max-per-task=0"], "at least one, or -1 for all"),
+        (["chat", "--run=tiny", "--max-per-task=0"], "at least one, or -1 for all"),
+        (["core", "--run=tiny", "--tasks=,"], "at least one name"),
+        (["chat", "--run=tiny", "--tasks="], "at least one name"),
+        (["chat", "--run=tiny", "--num-samples=2"], "needs a --temperature above 0"),
+    ],
+)
+def test_bad_usage(use_home: Path, words: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         job.main(words)
 
 
@@ -150,7 +172,7 @@ def test_the_default_tasks_of_the_chat_suite(use_home: Path, shared_data: Path) 
     found = metrics(use_home, "chat")
     names = ["arc-easy", "arc-challenge", "mmlu", "gsm8k", "humaneval", "spelling-bee"]
     assert set(found) == {"chatcore", *(f"chat/{name}" for name in names)}
-    guessed = [0.25, 0.25, 0.25, 0, 0, 0]
+    guessed = [0.25, 0.25, 0.25, 0, 0, SpellingBee("test", str(words), 1).baseline]
     centred = [(found[f"chat/{n}"] - b) / (1 - b) for n, b in zip(names, guessed)]
     assert found["chatcore"] == pytest.approx(sum(centred) / 6)
     lines = (use_home / "chat_samples.jsonl").read_text().splitlines()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -249,6 +250,38 @@ def test_heartbeat_and_loss(run_dir: str, monkeypatch: pytest.MonkeyPatch) -> No
     lease.release()
     assert content(run_dir)["token"] == "other", "a loser leaves the winner's lease alone"
     assert not content(run_dir)["released"]
+
+
+def test_a_writer_that_was_halted_does_not_write_over_its_heir(
+    run_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has seen its own token, sleeps for minutes, and wakes up to write its heartbeat."""
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.02)
+    lease = Lease(run_dir)
+    halted, heir_has_written = threading.Event(), threading.Event()
+    write = lease._write
+
+    def halt(released: bool = False) -> None:
+        halted.set()
+        heir_has_written.wait(0.5)  # the heir waits for the lock, if there is one
+        write(released)
+
+    monkeypatch.setattr(lease, "_write", halt)
+    assert halted.wait(5)
+    with FileLock(storage.join(run_dir, ".lease.lock")):
+        write_lease(run_dir)
+        heir_has_written.set()
+    eventually(lambda: lease.lost)
+    assert content(run_dir)["token"] == "other"
+    lease.release()
+
+
+@pytest.mark.parametrize("junk", [{"heartbeat": None}, {"heartbeat": "now"}, {"pid": None}])
+def test_a_lease_of_other_content_is_a_dead_one(run_dir: str, junk: dict[str, Any]) -> None:
+    lease = {**lease_module._machine(), "pid": os.getpid(), "process_started": 0, "heartbeat": 0}
+    for key in ("host", "boot"):
+        assert not is_alive({**lease, **junk, key: "elsewhere"})
+    assert not is_alive({**lease, **junk})
 
 
 def test_a_removed_run_is_a_lost_one(run_dir: str) -> None:

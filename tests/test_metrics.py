@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nanoray import metrics as metrics_module
 from nanoray import storage
 from nanoray.errors import NanorayError
-from nanoray.metrics import MetricsLog, Record, read_records
+from nanoray.metrics import MetricsLog, Record, WandbSink, read_records
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -42,6 +46,65 @@ def test_append_and_flush(uri: str) -> None:
     log.log({"step": 3})
     log.close()
     assert steps(uri) == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_wandb_gets_every_number_and_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline: what would be sent lies in a file. Without the end, a run counts as crashed."""
+    from wandb.proto.wandb_internal_pb2 import Record as Sent
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = MetricsLog(str(tmp_path / "m.jsonl"), 0, [WandbSink("project", "d12", {"depth": 12})])
+    log.log({"step": 1, "loss": 2.5, "name": "text is left out"})
+    log.log({"step": 2, "loss": math.nan})
+    log.log({"step": 2, "val_bpb": 1.25})
+    log.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*-d12/run-d12.wandb")
+    data, sent = file.read_bytes(), []
+    start = 7  # of the file's own header; a record's is CRC (4 bytes), length (2), type (1)
+    while start < len(data):
+        end = start + 7 + int.from_bytes(data[start + 4 : start + 6], "little")
+        sent.append(Sent.FromString(data[start + 7 : end]))
+        start = end
+    history = []
+    for rows in (s.history.item for s in sent if s.HasField("history")):
+        history.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in rows})
+    assert [(row["_step"], row["step"], row.get("val_bpb")) for row in history] == [
+        (1, 1, None),
+        (2, 2, 1.25),
+    ]
+    assert history[0]["loss"] == 2.5
+    assert all("name" not in row for row in history)
+    (run,) = (s.run for s in sent if s.HasField("run"))
+    assert (run.project, run.run_id, run.display_name) == ("project", "d12", "d12")
+    assert any(s.HasField("exit") for s in sent)
+
+
+def test_wandb_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def refuse(**_settings: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nMore lines")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(NanorayError, match=r"^wandb does not start \(.*configured\.\); log in"):
+        WandbSink("project", "d12", {})
+
+
+def test_wandb_without_a_network_cannot_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    never = threading.Event()
+    monkeypatch.setattr(wandb, "init", lambda **_settings: SimpleNamespace(finish=never.wait))
+    monkeypatch.setattr(metrics_module, "WANDB_DEADLINE_S", 0.1)
+    start = time.monotonic()
+    WandbSink("project", "d12", {}).close()
+    assert time.monotonic() - start < 5
+    never.set()
 
 
 def test_cut_back_on_resume(uri: str) -> None:

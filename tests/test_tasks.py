@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
@@ -63,6 +64,18 @@ def test_slices_are_those_of_a_list(
     for index in (-1, len(part)):
         with pytest.raises(IndexError, match="echo has"):
             part.example(index)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 50), st.integers(0, 60))
+def test_a_sample_is_spread_evenly(length: int, limit: int) -> None:
+    part = Echo("echo", 2 * length).slice(step=2).spread(limit)
+    numbers = [int(reference_answer(part.example(i))) // 2 for i in range(len(part))]
+    assert len(numbers) == min(limit, length)
+    if numbers:
+        gaps = {b - a for a, b in itertools.pairwise([*numbers, length])}
+        assert numbers[0] == 0
+        assert gaps <= {length // len(numbers), -(-length // len(numbers))}
 
 
 def test_reward_is_the_verdict() -> None:

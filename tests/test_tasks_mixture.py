@@ -87,7 +87,7 @@ def test_every_example_comes_as_often_as_asked(parts: list[tuple[int, float]], s
     for task, times in zip(tasks, epochs):
         whole, rest = divmod(round(len(task) * times), max(1, len(task)))
         names = [question(task, i) for i in range(len(task))]
-        wanted += names * whole + names[:rest]
+        wanted += names * whole + [names[i * len(task) // rest] for i in range(rest)]
     sequence = TaskSequence(tasks, epochs)
     assert [question(sequence, i) for i in range(len(sequence))] == wanted
     mixture = TaskMixture(tasks, epochs, seed)
@@ -223,12 +223,17 @@ def test_a_mixture_of_names_and_files(tmp_path: Path) -> None:
     asked = Counter(question(mixture, i) for i in range(len(mixture)))
     assert len(mixture) == 225
     assert {text: n for text, n in asked.items() if text.startswith("own")} == {
-        f"own {i}": 3 if i < 5 else 2 for i in range(10)
+        f"own {i}": 2 if i % 2 else 3 for i in range(10)
     }
     train = Arithmetic("train", 20_000)
-    assert set(asked) >= {question(train, i) for i in range(200)}
+    assert set(asked) >= {question(train, i) for i in range(0, 20_000, 100)}
     with pytest.raises(NanorayError, match=r"0.01 epochs of the 10 examples of .*own.jsonl are"):
         load_mixture([Part(str(tmp_path / "own.jsonl"), 0.01)], "train", Sources())
+    for epochs in (1e9, 1e308):
+        with pytest.raises(
+            NanorayError, match=r"the mixture has .* conversations, more than 100,0"
+        ):
+            load_mixture([Part("arithmetic", epochs)], "train", Sources())
 
 
 def test_another_process_opens_the_same_mixture(

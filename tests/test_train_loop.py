@@ -207,7 +207,7 @@ def test_a_spike_is_logged_and_passed_by_a_higher_factor(
 
 def test_rows_are_described_as_ranges() -> None:
     units, rows = np.array([3, 1, 1, 1, 3, 1]), np.array([0, 9, 4, 5, 7, 3])
-    described = describe_rows(units, rows, lambda unit: f"shard {unit}")
+    described = describe_rows(units, rows, lambda unit, _rows: f"shard {unit}")
     assert described == "unit 1 (shard 1) rows 3-5, 9; unit 3 (shard 3) rows 0, 7"
 
 

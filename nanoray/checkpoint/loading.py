@@ -9,7 +9,7 @@ import torch
 
 from nanoray import storage
 from nanoray.checkpoint.folder import list_steps, step_of
-from nanoray.checkpoint.reader import Checkpoint
+from nanoray.checkpoint.reader import Checkpoint, DamagedCheckpointError
 from nanoray.errors import NanorayError
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT
@@ -56,8 +56,19 @@ def load_model(
         NanorayError: there is no such run or checkpoint, or it is damaged, holds no tokenizer,
             or its parts do not fit together.
     """
-    root, step = find_checkpoint(where, step)
     device = device or pick_device()
+    root, found = find_checkpoint(where, step)
+    try:
+        return _load(root, found, device, dtype)
+    except DamagedCheckpointError:
+        # A run that trains on deletes its older checkpoints, this one perhaps by now.
+        root, newer = find_checkpoint(where, step)
+        if newer == found:
+            raise
+        return _load(root, newer, device, dtype)
+
+
+def _load(root: str, step: int, device: torch.device, dtype: str) -> LoadedModel:
     with Checkpoint(root, step) as checkpoint:
         meta = checkpoint.meta
         config = _model_config(checkpoint.folder, meta)

@@ -41,8 +41,8 @@ class Stream(Protocol):
         """How often everything has been read before row ``row`` of unit ``index``."""
         ...
 
-    def describe_unit(self, index: int) -> str:
-        """Where a unit comes from, for messages."""
+    def describe_unit(self, index: int, rows: np.ndarray) -> str:
+        """Where these rows of a unit come from (at least: the unit), for messages."""
         ...
 
 
@@ -183,8 +183,8 @@ def step_rows(
             if block is None or len(block["ids"]) != layout.rows_per_block:
                 raise NanorayError(
                     f"the training stream ended at step {slab_step} of {plan.num_steps}: the "
-                    f"corpus packs into fewer rows than estimated; take more documents or fewer "
-                    f"steps"
+                    f"corpus packs into fewer rows than estimated; begin another --run with fewer "
+                    f"steps or a larger corpus"
                 )
             taken.append(block)
         for i in range(max(0, first_step - slab_step), layout.slab_steps):

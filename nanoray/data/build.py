@@ -131,7 +131,7 @@ def _build(
         texts = list(documents(skipped))
         if len(texts) < 2:
             raise NanorayError(
-                f"only {len(texts)} usable document in {source.get('from', 'the docstrings')}; a "
+                f"{source.get('from', 'the docstrings')} has {len(texts)} usable documents, but a "
                 f"corpus needs two at least, one of them for validation"
             )
         random.Random(seed).shuffle(texts)

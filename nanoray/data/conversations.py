@@ -29,6 +29,7 @@ TrainOn = Literal["assistant", "all"]
 GROUP_SIZE = 4096
 # A packing task renders some 2 million ids a second.
 UNIT_TOKENS = 2**17
+NUM_NAMED = 4  # conversations of a unit, in messages
 
 
 def render(
@@ -214,9 +215,16 @@ class ConversationStream:
             for epoch, place in zip(*(column.tolist() for column in self._places(index)))
         ]
 
-    def describe_unit(self, index: int) -> str:
-        members = np.concatenate(self._unit(index))
-        return f"{len(members)} conversations of the mixture, the first number {members[0]}"
+    def describe_unit(self, index: int, rows: np.ndarray) -> str:
+        """Numbers of the rows' conversations in the mixture, and how the first ones begin."""
+        unit = self._unit(index)
+        numbers = np.concatenate([unit[row] for row in rows]).tolist()
+        named = []
+        for number in numbers[:NUM_NAMED]:
+            first = self.conversations(number)["messages"][0]["content"]
+            named.append(f"{number} ({first[:40]!r}…)")
+        more = f" and {len(numbers) - NUM_NAMED} more" if len(numbers) > NUM_NAMED else ""
+        return f"conversations {', '.join(named)}{more} of the mixture"
 
     def pack(self, tokenizer: Tokenizer, index: int) -> PackedUnit:
         return fill(self, self._unit(index), tokenizer)

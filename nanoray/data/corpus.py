@@ -50,7 +50,10 @@ def read_corpus(corpus_dir: str) -> Corpus | None:
     """The manifest, or None where there is none. Raises NanorayError: it cannot be understood."""
     uri = storage.join(corpus_dir, MANIFEST)
     try:
-        return Corpus(**json.loads(storage.read_text(uri)))
+        corpus = Corpus(**json.loads(storage.read_text(uri)))
+        if not isinstance(corpus.source, dict):
+            raise TypeError("its source is no object")
+        return corpus
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
@@ -102,6 +105,7 @@ def building(corpus_dir: str, source: dict[str, Any]) -> Iterator[Corpus | None]
         NanorayError: the folder holds other data, is being built by another job, or is not
             writable.
     """
+    storage.check_writable(corpus_dir)
     with _build_lock(corpus_dir):
         old = read_corpus(corpus_dir)
         if old is not None and old.complete and old.source == source:
@@ -111,7 +115,7 @@ def building(corpus_dir: str, source: dict[str, Any]) -> Iterator[Corpus | None]
         shards = [name for name in names if name.startswith("shard_")]
         if (old is None and shards) or (old is not None and old.complete):
             raise NanorayError(
-                f"{corpus_dir} already holds a corpus of {_difference(old, source)}; delete that "
+                f"{corpus_dir} already holds a corpus of {difference(old, source)}; delete that "
                 f"folder or choose another --corpus"
             )
         for name in shards + [name for name in names if name.startswith(".shard_")]:
@@ -120,14 +124,17 @@ def building(corpus_dir: str, source: dict[str, Any]) -> Iterator[Corpus | None]
         yield None
 
 
-def _difference(old: Corpus | None, source: dict[str, Any]) -> str:
+def difference(old: Corpus | None, source: dict[str, Any]) -> str:
     """What tells the corpus that is there from the one that is wanted."""
     if old is None:
         return "an equal name"
     differing = {k for k in {*old.source, *source} if old.source.get(k) != source.get(k)}
     if differing <= {"num_files", "versions"}:
         return f"what {source['from']} was before its files changed"
-    return f"another source ({old.source})"
+    differing -= {"num_files", "versions"}
+    return "another source: " + ", ".join(
+        f"{key} {old.source.get(key)!r} instead of {source.get(key)!r}" for key in sorted(differing)
+    )
 
 
 @contextmanager

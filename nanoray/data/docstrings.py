@@ -75,7 +75,7 @@ def _python_files(entry: os.DirEntry[str]) -> list[str]:
     for folder, subfolders, names in os.walk(entry.path):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
         found += [os.path.join(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found)
+    return sorted(filter(os.path.isfile, found))  # not links to nowhere (editors' lock files)
 
 
 def _docstrings_of_files(paths: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanoray import storage
-from nanoray.data.corpus import Corpus, finish_corpus, read_corpus
+from nanoray.data.corpus import Corpus, difference, finish_corpus, read_corpus
 from nanoray.data.fetch import FileFetch, Patience
 from nanoray.data.writer import shard_name
 from nanoray.errors import NanorayError
@@ -69,6 +69,23 @@ def wanted_shards(published: Published, num_shards: int) -> list[str]:
     return [shard_name(published.last), *map(shard_name, range(num_shards))]
 
 
+def check_target(published: Published, out_dir: str) -> dict[str, str]:
+    """What ``corpus.json`` will say of the source.
+
+    Raises:
+        NanorayError: ``out_dir`` holds another corpus or cannot be written.
+    """
+    source = {"kind": "download", "name": published.name}
+    storage.check_writable(out_dir)
+    old = read_corpus(out_dir)
+    if old is not None and old.source != source:
+        raise NanorayError(
+            f"{out_dir} holds a corpus of {difference(old, source)}; delete that folder or set "
+            f"another NANORAY_HOME"
+        )
+    return source
+
+
 def download_corpus(
     published: Published,
     out_dir: str,
@@ -94,14 +111,7 @@ def download_corpus(
             written. Training shards that arrived are kept.
     """
     names = wanted_shards(published, num_shards)
-    source = {"kind": "download", "name": published.name}
-    storage.check_writable(out_dir)
-    old = read_corpus(out_dir)
-    if old is not None and old.source != source:
-        raise NanorayError(
-            f"{out_dir} holds a corpus of another source ({old.source}); delete that folder or "
-            f"choose another --corpus"
-        )
+    source = check_target(published, out_dir)
     stop = threading.Event()
     aside = _aside(out_dir)
 

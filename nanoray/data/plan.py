@@ -113,7 +113,7 @@ class StreamPlan:
             skipped += found
         return skipped
 
-    def describe_unit(self, index: int) -> str:
+    def describe_unit(self, index: int, _rows: np.ndarray | None = None) -> str:
         """Shard and row groups of a unit, for messages."""
         unit = unit_at(self.units, index, self.seed)
         groups: dict[str, list[int]] = {}
@@ -147,7 +147,10 @@ def plan_stream(
         rows = sum(bytes_of[key] for key in unit.row_groups) * density / (layout.sequence_len + 1)
         # What does not fill its last row is lost; the eighth, because this is an estimate.
         unit_rows.append(max(rows - 1, rows / 8))
-    if max(unit_rows) * 8 < 0.5:
+    if max(unit_rows) < 1:  # too few to estimate: a stream of empty units would never end
+        T = layout.sequence_len
+        unit_rows = [len(pack_unit(unit, tokenizer, T, seed, on_bad).rows) for unit in units]
+    if not any(unit_rows):
         raise NanorayError(
             f"the training shards hold too little text for one row of {layout.sequence_len} "
             f"tokens; lower --max-seq-len or build a larger corpus"

@@ -149,15 +149,21 @@ def _shuffle(
     dealt = source.map_batches(assign, batch_size=1, batch_format="numpy")
     parts = dealt.groupby("shard", num_partitions=num_shards + 1)
     written = parts.map_groups(write, batch_format="pyarrow")
-    characters = 0
+    characters = num_written = 0
     try:
-        for done, row in enumerate(written.iter_rows()):
+        for row in written.iter_rows():
             characters += row["characters"]
             skipped.update(json.loads(row["bad"]))
+            num_written += row["characters"] > 0
             if progress is not None:
-                progress(min(done + 1, num_shards), num_shards)
+                progress(num_written, num_shards)
     except ray.exceptions.RayError as error:
         raise _cause(error) from error
+    if num_written < num_shards:
+        raise NanorayError(
+            f"so many documents are unusable ({sum(skipped.values()):,}) that {num_written} of "
+            f"{num_shards} shards would hold any; mend the data, or take larger --shard-chars"
+        )
     return characters
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,8 @@ _WHAT = {
 }
 _ROWS_SHOWN = 8
 _BAR = 40
+# What a terminal would obey: anybody may have written the text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass
@@ -118,7 +121,8 @@ def render(reports: Sequence[ShardReport]) -> list[str]:
         lengths.update(report.lengths)
     lines += ["", "documents by length in characters:", *histogram(lengths)]
     for number, text in enumerate((t for report in reports for t in report.first), 1):
-        lines += ["", f"--- document {number} ({len(text):,} characters)", text[:1000]]
+        shown = _CONTROL.sub(lambda found: repr(found[0])[1:-1], text[:1000])
+        lines += ["", f"--- document {number} ({len(text):,} characters)", shown]
         if len(text) > 1000:
             lines.append("…")
     lines.append("")

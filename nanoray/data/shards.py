@@ -31,6 +31,12 @@ FOOTER_THREADS = 16
 # A footer of a shard is some kilobytes; one read of the tail nearly always holds all of it.
 _TAIL_BYTES = 64 * 1024
 _T = TypeVar("_T")
+_VIEW = pa.string_view()
+# The ends of messages. A run goes on with the same data only, but may skip what is bad in it.
+_SKIP_OR = "pass --on-bad-shard skip to leave it out"
+_OTHER_COLUMN = (
+    "make a corpus of it with `python -m jobs.data build --from PATH --text-column NAME`"
+)
 
 
 @dataclass(frozen=True)
@@ -186,26 +192,28 @@ def _shard_errors(uri: str, where: str) -> Iterator[None]:
             raise NanorayError(f"shard {uri} cannot be read from storage: {error}") from error
         reason = str(error).strip().split("\n")[0][:200]
         raise BadShardError(
-            f"shard {uri}{where} is damaged or cut short ({reason}); delete it and fetch or build "
-            f"it again, or pass --on-bad-shard skip",
+            f"shard {uri}{where} is damaged or cut short ({reason}); {_SKIP_OR}, or delete it and "
+            f"fetch or build it again as it was",
             "damaged",
             reason,
         ) from error
 
 
 def check_schema(uri: str, schema: pa.Schema, column: str = TEXT_COLUMN) -> None:
-    """Raise BadShardError unless ``column`` is there and holds strings (or bytes)."""
+    """Raise BadShardError unless ``column`` is there and holds strings."""
     if schema.names.count(column) != 1:
         raise BadShardError(
             f"shard {uri} has no column {column!r} (it has: {', '.join(schema.names) or 'none'}); "
-            f"rebuild it with `python -m jobs.data build --from PATH --text-column NAME`",
+            f"{_OTHER_COLUMN}",
             "missing_column",
         )
     kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if pa.types.is_dictionary(kind):  # as pandas' categories are stored
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or kind == _VIEW):
         raise BadShardError(
-            f"shard {uri} has a column {column!r} of type {kind}, which is not text; rebuild it "
-            f"with `python -m jobs.data build --from PATH --text-column NAME`",
+            f"shard {uri} has a column {column!r} of type {kind}, which is not text; "
+            f"{_OTHER_COLUMN}",
             "wrong_type",
         )
 
@@ -234,8 +242,8 @@ def read_row_group(
     if bad and on_bad == "fail":
         row, kind = min((rows[0], kind) for kind, rows in bad.items())
         raise BadShardError(
-            f"shard {uri}, row group {row_group}, row {row}: {_WHAT[kind]}; mend the data or pass "
-            f"--on-bad-shard skip",
+            f"shard {uri}, row group {row_group}, row {row}: {_WHAT[kind]}; {_SKIP_OR}, or mend "
+            f"the data (a run that has begun goes on with its old data only)",
             kind,
         )
     return texts, {kind: len(rows) for kind, rows in bad.items()}
@@ -262,7 +270,10 @@ def _read_column(uri: str, row_group: int, column: str) -> pa.ChunkedArray:
                 f"shard {uri} has {file.num_row_groups} row groups, but row group {row_group} was "
                 f"planned: it changed since; start the job again"
             )
-        return file.read_row_group(row_group, columns=[column]).column(column)
+        values = file.read_row_group(row_group, columns=[column]).column(column)
+        if pa.types.is_dictionary(values.type) or values.type == _VIEW:
+            return values.cast(pa.large_string())
+        return values
 
 
 def _check_rows(values: pa.ChunkedArray) -> tuple[list[str], dict[str, list[int]]]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from nanoray import storage
@@ -17,42 +18,57 @@ from nanoray.errors import NanorayError
 
 # A text file up to this length is one document; a longer one is cut at blank lines.
 TEXT_DOCUMENT_CHARS = 10_000
-SUFFIXES = {
+KINDS = {
     ".parquet": "parquet",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".jsonl.gz": "jsonl",
+    ".json": "jsonl",  # as many published corpora name their JSON lines
     ".txt": "text",
     ".md": "text",
-    ".txt.gz": "text",
 }
+_GLOB = re.compile(r"[*?\[]")
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
-def expand(source: str) -> list[str]:
+def expand(source: str, note: Callable[[str], None] = lambda _text: None) -> list[str]:
     """The sorted URIs of the files that a path, glob, folder or URI stands for.
+
+    Hidden files are none of them, unless named.
+
+    Args:
+        note: told how many files are left out because they are of other kinds.
 
     Raises:
         NanorayError: there are none, or a file of an unknown kind is named.
     """
+    if not source.strip():
+        raise NanorayError("--from is empty; give it a file, folder, glob or URI")
     source = storage.normalize(source)
-    if _kind(source) and not re.search(r"[*?\[]", source):
-        if not storage.exists(source):
-            raise NanorayError(f"there is no file {source}; check the path given to --from")
-        return [source]
     fs, path = storage.filesystem(source)
-    if re.search(r"[*?\[]", source):
-        found = fs.glob(path)
-    elif fs.isdir(path):
+    if storage.exists(source):  # whatever characters its name has
+        # Over HTTP a folder is told from a file by listing it, which would fetch a file.
+        if fs.info(path)["type"] != "directory" and (_kind(source) or not fs.isdir(path)):
+            if not _kind(source):
+                raise NanorayError(
+                    f"cannot tell what kind of file {source} is; take one of {_known()}"
+                )
+            return [source]
         found = fs.find(path)
-    elif fs.exists(path):
-        raise NanorayError(f"cannot tell what kind of file {source} is; take one of {_known()}")
+    elif _GLOB.search(source):
+        entries = fs.glob(path, detail=True).items()
+        found = [name for name, info in entries if info["type"] != "directory"]
+        if not found:
+            raise NanorayError(f"no file matches {source}; check the pattern given to --from")
     else:
         raise NanorayError(f"there is no file or folder {source}; check the path given to --from")
+    given = _GLOB.split(path)[0].rstrip("/") if _GLOB.search(source) else path
+    found = [name for name in found if "/." not in name[len(given) :]]
     local = storage.is_local(source)
     files = [name if local else fs.unstrip_protocol(name) for name in found if _kind(name)]
     if not files:
         raise NanorayError(f"{source} holds no file of a known kind; take one of {_known()}")
+    if len(files) < len(found):
+        note(f"left out: {len(found) - len(files):,} files of other kinds than {_known()}")
     return sorted(files)
 
 
@@ -75,11 +91,12 @@ def describe_files(source: str, files: list[str]) -> dict[str, Any]:
 
 def _kind(uri: str) -> str | None:
     name = uri.rsplit("/", 1)[-1].lower()
-    return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)
+    kind = KINDS.get(os.path.splitext(name.removesuffix(".gz"))[1])
+    return None if kind == "parquet" and name.endswith(".gz") else kind
 
 
 def _known() -> str:
-    return ", ".join(SUFFIXES)
+    return ", ".join(KINDS) + " (all but parquet also .gz)"
 
 
 def read_documents(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nanoray.engine import CachedModel, Completion, Engine, KVCache, SamplingParams
 from nanoray.errors import NanorayError
+from nanoray.evals.core_score import DAMAGED
 from nanoray.evals.stats import centered, pass_at_k, wilson_interval
 from nanoray.tasks.base import Task
 from nanoray.tokenizer import Conversation, Tokenizer
@@ -89,7 +90,7 @@ def evaluate_categorical(
         max_len: a longer prompt is not read: its example counts as wrong, and says so.
 
     Raises:
-        NanorayError: a letter is not one token.
+        NanorayError: a letter is not one token; the logits are NaN or infinite.
     """
     assert task.kind == "categorical"
     results: dict[int, ExampleResult] = {}
@@ -118,9 +119,11 @@ def _choose(
     letters = sorted({letter for _, conversation, _ in batch for letter in conversation["letters"]})
     columns = {letter: column for column, letter in enumerate(letters)}
     token_ids = [_letter_token(tokenizer, letter) for letter in letters]
-    logits = last_logits([prompt for *_, prompt in batch], token_ids).tolist()
+    logits_BL = last_logits([prompt for *_, prompt in batch], token_ids)
+    if not bool(logits_BL.isfinite().all()):  # max() would take the first letter
+        raise NanorayError(DAMAGED)
     results = {}
-    for (index, conversation, _), row in zip(batch, logits):
+    for (index, conversation, _), row in zip(batch, logits_BL.tolist()):
         scores = {letter: row[columns[letter]] for letter in conversation["letters"]}
         letter = max(scores, key=scores.__getitem__)
         results[index] = ExampleResult(index, (letter,), task.evaluate(conversation, letter))

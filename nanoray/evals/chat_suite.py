@@ -39,7 +39,7 @@ class ChatSuite:
     Attributes:
         task_names: see `nanoray.tasks.catalog`.
         sources: where their data lies.
-        max_per_task: examples of a task, the first ones; -1 takes all.
+        max_per_task: examples of a task, evenly spread over it; -1 takes all.
         max_generative: of a generative task; None: as of any.
         num_samples, max_tokens, temperature, top_k: of generative tasks.
     """
@@ -63,14 +63,18 @@ class ChatSuite:
                     f"{name} is for training: nothing says which answer to it is right; leave it "
                     f"out"
                 )
-        return {name: task.slice(stop=self._limit(task)) for name, task in tasks.items()}
+        return {name: self._part(task) for name, task in tasks.items()}
 
-    def _limit(self, task: Task) -> int | None:
+    def _part(self, task: Task) -> Task:
         own = self.max_generative if task.kind == "generative" else None
         limit = self.max_per_task if own is None else own
-        return limit if limit >= 0 else None
+        return task.spread(limit) if limit >= 0 else task
 
     def items(self) -> list[tuple[str, int, int]]:
+        """See `Suite`. Raises NanorayError for a bad row: now, not after hours of others."""
+        for task in self._tasks.values():
+            for index in range(len(task)):
+                task.example(index)
         return [
             (name, start, min(start + GROUP_SIZE, len(task)))
             for name, task in self._tasks.items()
@@ -125,7 +129,15 @@ class ChatSuite:
         rows.append(("ChatCORE", "", "", "", f"{metrics['chatcore']:.4f}", "", ""))
         header = ("task", "examples", "accuracy", "95 % interval", "centred", "pass@k", "problems")
         lines = [self._sample_line(name, r) for name in self.task_names for r in merged[name]]
-        return Report(metrics, header, rows, files={"chat_samples.jsonl": "".join(lines)})
+        return Report(
+            metrics,
+            header,
+            rows,
+            files={"chat_samples.jsonl": "".join(lines)},
+            text="\n".join(
+                _problems(name, merged[name]) for name in scores if scores[name].num_problems
+            ),
+        )
 
     def _sample_line(self, name: str, result: ExampleResult) -> str:
         messages = self._tasks[name].example(result.index)["messages"]
@@ -138,6 +150,14 @@ class ChatSuite:
             "problem": result.problem,
         }
         return json.dumps(sample, ensure_ascii=False) + "\n"
+
+
+def _problems(name: str, results: Sequence[ExampleResult]) -> str:
+    problems = [result.problem for result in results if result.problem]
+    return (
+        f"{name}: of {len(results):,} examples {len(problems):,} have an answer that counts as "
+        f"wrong because it failed, such as: {problems[0]}"
+    )
 
 
 def _table_row(name: str, score: TaskScore) -> tuple[str, ...]:

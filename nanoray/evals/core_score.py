@@ -21,6 +21,9 @@ from nanoray.evals.core_render import Question, TextEncoder
 from nanoray.model.gpt import GPT
 from nanoray.model.loss import pick_chunk
 
+DAMAGED = (
+    "the model gives NaN or infinite logits; its weights are damaged: evaluate another checkpoint"
+)
 _CHUNK = 256  # tokens of one row per forward pass: windows and the causal half save the rest
 # Positions that the cache holds; 64 MB for width 256, 4 layers, fp32.
 _CPU_CACHE_TOKENS = 8 * 2**10
@@ -189,10 +192,7 @@ def token_scores(logits_NV: Tensor, targets_N: Sequence[int]) -> list[TokenScore
     own_N1 = logits_NV.gather(1, targets_N1)
     loss_N = logits_NV.logsumexp(1) - own_N1.squeeze(1)
     if not bool(loss_N.isfinite().all()):
-        raise NanorayError(
-            "the model gives NaN or infinite logits; its weights are damaged: evaluate another "
-            "checkpoint"
-        )
+        raise NanorayError(DAMAGED)
     best_N1, best_id_N1 = logits_NV.scatter(1, targets_N1, -math.inf).max(1, keepdim=True)
     greedy_N1 = (own_N1 > best_N1) | ((own_N1 == best_N1) & (targets_N1 < best_id_N1))
     columns = (loss_N, (own_N1 - best_N1).squeeze(1), greedy_N1.squeeze(1))

@@ -55,14 +55,10 @@ def measure(
     """Run the engine at every batch size; once unmeasured first.
 
     Raises:
-        NanorayError: prompt and answer are longer than the model can read.
+        NanorayError: prompt and answer are longer than the model can read, or decoding took no
+            longer than the measurement's noise.
     """
-    length = prompt_tokens + new_tokens
-    if length > model.config.rotary_len:
-        raise NanorayError(
-            f"{prompt_tokens} + {new_tokens} tokens are more than this model can read "
-            f"({model.config.rotary_len}); lower --prompt-tokens or --new-tokens"
-        )
+    check_length(model, prompt_tokens, new_tokens)
     device, dtype = model.cos.device, model.compute_dtype
     flops = peak_flops(device, dtype)
     bandwidth = copy_bandwidth(device)
@@ -73,7 +69,7 @@ def measure(
             model,
             None,
             num_slots=batch_size,
-            max_len=length,
+            max_len=prompt_tokens + new_tokens,
             prefill_chunk=256,
             stop_token_ids=(),
             prefix_cache=False,
@@ -94,7 +90,12 @@ def measure(
         firsts = [seconds(1) for _ in range(repeats)]
         alls = [seconds(new_tokens) for _ in range(repeats)]
         ttft_s = statistics.median(firsts)
-        token_s = max(1e-9, statistics.median(alls) - ttft_s) / (new_tokens - 1)
+        token_s = (statistics.median(alls) - ttft_s) / (new_tokens - 1)
+        if token_s <= 0:
+            raise NanorayError(
+                f"{new_tokens} tokens take no longer than the first one, as far as {repeats} "
+                f"measurements tell; raise --new-tokens or --repeats"
+            )
         prefill_rate = batch_size * prompt_tokens / ttft_s
         step_bytes = decode_bytes(model, batch_size, prompt_tokens + new_tokens // 2)
         rows.append(
@@ -109,6 +110,15 @@ def measure(
             )
         )
     return rows
+
+
+def check_length(model: GPT, prompt_tokens: int, new_tokens: int) -> None:
+    """Raises NanorayError where prompt and answer are longer than the model can read."""
+    if prompt_tokens + new_tokens > model.config.rotary_len:
+        raise NanorayError(
+            f"{prompt_tokens} + {new_tokens} tokens are more than this model can read "
+            f"({model.config.rotary_len}); lower --prompt-tokens or --new-tokens"
+        )
 
 
 def decode_bytes(model: GPT, batch_size: int, length: int) -> int:

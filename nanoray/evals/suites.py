@@ -7,6 +7,7 @@ suite, the item and the model, so figures do not depend on how many actors there
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ import torch
 from nanoray import storage
 from nanoray.checkpoint import LoadedModel, load_model
 from nanoray.data.plan import validation_rows
-from nanoray.data.shards import list_shards, row_groups, split_shards
+from nanoray.data.shards import OnBad, list_shards, row_groups, split_shards
 from nanoray.engine import Engine, SamplingParams
+from nanoray.errors import NanorayError
 from nanoray.evals.bpb import bits_and_bytes
 from nanoray.evals.core import ExampleResult, core_csv, core_metric, evaluate_examples, task_result
 from nanoray.evals.core_bundle import Task, read_bundle
-from nanoray.evals.core_score import CachedScorer, LanguageModel
+from nanoray.evals.core_score import DAMAGED, CachedScorer, LanguageModel
 from nanoray.evals.hf import load_hf
 from nanoray.evals.sample import sample_report
 from nanoray.model.precision import pick_compute_dtype, pick_device
@@ -77,6 +79,10 @@ class ModelSource:
     dtype: str = "auto"
     num_threads: int = 0
 
+    def __post_init__(self) -> None:
+        if self.hf_path and os.path.isdir(self.hf_path):  # actors may run in another folder
+            object.__setattr__(self, "hf_path", os.path.abspath(self.hf_path))
+
     def load(self) -> Subject:
         """Raises NanorayError where the model cannot be had."""
         if self.num_threads:
@@ -86,7 +92,8 @@ class ModelSource:
         assert self.run is not None
         loaded = load_model(self.run, self.step, dtype=self.dtype)
         model, tokenizer = loaded.model, loaded.tokenizer
-        run, _, step = loaded.path.rstrip("/").partition("/checkpoints/")
+        parent, _, step = loaded.path.rpartition("/")
+        run = parent.removesuffix("/checkpoints")
         return Subject(
             folder=storage.join(run, "evals", step),
             tokenizer=tokenizer,
@@ -146,6 +153,7 @@ class BpbSuite:
     corpus_dir: str
     eval_tokens: int
     batch_rows: int
+    on_bad: OnBad = "fail"
 
     def items(self) -> list[tuple[str, int]]:
         return [(split, i) for split in ("train", "val") for i in range(_BPB_CHUNKS)]
@@ -157,11 +165,11 @@ class BpbSuite:
         def rows(split: str) -> np.ndarray:
             train, validation = split_shards(list_shards(self.corpus_dir))
             return validation_rows(
-                row_groups(validation if split == "val" else train),
+                row_groups(validation if split == "val" else train, self.on_bad),
                 subject.tokenizer,
                 sequence_len=subject.sequence_len,
                 num_tokens=self.eval_tokens,
-                on_bad="fail",
+                on_bad=self.on_bad,
             )
 
         def work(item: tuple[str, int]) -> tuple[float, int]:
@@ -177,7 +185,10 @@ class BpbSuite:
         metrics = {}
         for split in ("train", "val"):
             parts = [r for (name, _), r in zip(self.items(), results) if name == split]
-            metrics[f"{split}_bpb"] = sum(bits for bits, _ in parts) / sum(n for _, n in parts)
+            bpb = sum(bits for bits, _ in parts) / sum(n for _, n in parts)
+            if not math.isfinite(bpb):
+                raise NanorayError(DAMAGED)
+            metrics[f"{split}_bpb"] = bpb
         rows = [(split, f"{value:.4f}") for split, value in metrics.items()]
         return Report(metrics, ("split", "bits per byte"), rows)
 
@@ -208,6 +219,9 @@ class SampleSuite:
                 for i in range(len(prompts))
             ]
             completions = engine.generate(prompts, params)
+            for completion in completions:
+                if completion.error:
+                    raise NanorayError(f"the samples could not be drawn: {completion.error}")
             return [[t for t in c.tokens if t != stop] for c in completions]
 
         def work(_item: None) -> str:

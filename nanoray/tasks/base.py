@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from nanoray.errors import NanorayError
@@ -37,12 +38,22 @@ class Task(ABC):
 
     def __init__(self, name: str, num_examples: int) -> None:
         self.name = name
-        self._numbers = range(num_examples)
+        self._numbers: Sequence[int] = range(num_examples)
 
     def slice(self, start: int | None = None, stop: int | None = None, step: int = 1) -> Self:
         """The same task with the examples ``[start:stop:step]`` only, renumbered from 0."""
         part = copy.copy(self)
         part._numbers = self._numbers[start:stop:step]
+        return part
+
+    def spread(self, limit: int) -> Self:
+        """At most ``limit`` of the examples, evenly over the whole task, renumbered from 0.
+
+        Data sets lie ordered: the first 100 questions of MMLU are all about abstract algebra.
+        """
+        part = copy.copy(self)
+        numbers, count = self._numbers, min(limit, len(self))
+        part._numbers = [numbers[i * len(numbers) // count] for i in range(count)]
         return part
 
     def __len__(self) -> int:

@@ -19,9 +19,6 @@ _OUTPUT_BYTES = 1024 * 1024  # the verdict comes last, after all that a program 
 # A block that is not closed goes to the end: the answer was cut off.
 _BLOCK = re.compile(r"```[^\n`]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 
-# What the sandbox must keep a program from before it may run code that nobody has read.
-_ISOLATION = frozenset({"pid", "mount", "network"})
-
 
 class HumanEval(Task):
     """A function's head and docstring to be completed; right is what passes all its tests.
@@ -62,7 +59,6 @@ class HumanEval(Task):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        _check_sandbox()  # here too: this may be another machine than the one that made the task
         # Unknown to the program, so that neither exit(0) nor a printed word passes for it.
         verdict = f"passed {secrets.token_hex(16)}"
         test, entry_point = conversation["test"], conversation["entry_point"]
@@ -89,8 +85,9 @@ def program_of(completion: str, prompt: str, entry_point: str) -> str:
 
 @functools.cache
 def _check_sandbox() -> None:
-    if missing := _ISOLATION - run_python("").isolation:
+    try:
+        run_python("")
+    except NanorayError as error:
         raise NanorayError(
-            f"humaneval runs what a model wrote, and this machine cannot isolate it (no namespaces "
-            f"for {', '.join(sorted(missing))}); allow user namespaces, or leave humaneval out"
-        )
+            f"humaneval runs what a model wrote: {error}, or leave humaneval out"
+        ) from error

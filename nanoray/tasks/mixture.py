@@ -1,7 +1,7 @@
 """Several tasks as one: shuffled for training, or one after the other.
 
 A configuration says which and how often: ``smoltalk, mmlu*3, gsm8k*4, texts/own.jsonl*2,
-arithmetic*0.5`` is SmolTalk once, MMLU three times, …, and the first half of arithmetic.
+arithmetic*0.5`` is SmolTalk once, MMLU three times, …, and every other problem of arithmetic.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nanoray.tasks.catalog import TASK_NAMES, Sources, Split, load_task
 from nanoray.tasks.custom_json import CustomJSON
 from nanoray.tokenizer import Conversation
 
+MAX_EXAMPLES = 10**8  # their order takes 16 bytes each, in every process
 GRAMMAR = "write NAME or NAME*EPOCHS with commas between, such as smoltalk, mmlu*3, own.jsonl*0.5"
 
 
@@ -32,7 +33,8 @@ class TaskSequence(Task):
 
     Args:
         tasks: at least one.
-        epochs: how often each comes; 2.5 is twice all of it and once its first half. Default: once.
+        epochs: how often each comes; 2.5 is twice all of it and once half of it, evenly spread
+            (data lies ordered: the first half of a file may lack a topic). Default: once.
     """
 
     def __init__(
@@ -53,7 +55,9 @@ class TaskSequence(Task):
     def _example(self, number: int) -> Conversation:
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         task = self.tasks[part]
-        example = task.example((number - int(self._starts[part])) % len(task))
+        epoch, place = divmod(number - int(self._starts[part]), len(task))
+        whole, rest = divmod(int(self._starts[part + 1] - self._starts[part]), len(task))
+        example = task.example(place if epoch < whole else place * len(task) // rest)
         return {**example, "origin": (part, example)}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
@@ -135,12 +139,18 @@ def load_mixture(
     """The mixture of these parts. A file of conversations has no splits: it is taken as it is.
 
     Raises:
-        NanorayError: see `load_task` and `CustomJSON`; also where the epochs leave no example.
+        NanorayError: see `load_task` and `CustomJSON`; also where the epochs leave no example, or
+            more than `MAX_EXAMPLES`.
     """
     tasks = [
         CustomJSON(part.name) if is_file(part.name) else load_task(part.name, split, sources)
         for part in parts
     ]
+    if (total := sum(len(task) * part.epochs for part, task in zip(parts, tasks))) > MAX_EXAMPLES:
+        raise NanorayError(
+            f"the mixture has {total:.3g} conversations, more than {MAX_EXAMPLES:,}; take fewer "
+            f"epochs ({', '.join(map(str, parts))})"
+        )
     for part, task in zip(parts, tasks):
         if not round(len(task) * part.epochs):
             raise NanorayError(

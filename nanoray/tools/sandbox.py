@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Set
 from typing import Literal
 
 from nanoray.errors import NanorayError
@@ -27,7 +28,9 @@ from nanoray.tools.seccomp import filter_program
 Status = Literal["ok", "error", "timeout", "memory", "crashed"]
 
 # What is tried; tests take some away to see that the rest still works.
-ISOLATION = frozenset({"user", "mount", "pid", "network", "ipc", "uts", "seccomp"})
+ISOLATION = frozenset({"user", "mount", "pid", "network", "ipc", "uts", "seccomp", "landlock"})
+# Without these a program could read the user's files, reach other processes or the network.
+REQUIRED = frozenset({"pid", "mount", "network"})
 
 MIB = 1024 * 1024
 _STARTUP_S = 30.0  # on a machine that is busy with everything else
@@ -69,7 +72,8 @@ class SandboxResult:
     """From the program's first line to its end; starting the sandbox is not in it."""
     isolation: frozenset[str]
     """What held of ``user mount pid network ipc uts`` (namespaces), ``uid`` (it ran as a user that
-    owns nothing on the host), ``seccomp`` and ``rlimits``."""
+    owns nothing on the host), ``seccomp``, ``landlock`` (only tried without ``mount``) and
+    ``rlimits``."""
 
 
 def run_python(
@@ -81,17 +85,20 @@ def run_python(
     disk_bytes: int = 16 * MIB,
     max_processes: int = 16,
     max_output_bytes: int = 64 * 1024,
+    require: Set[str] = REQUIRED,
 ) -> SandboxResult:
     """Run the code as ``__main__`` of a fresh interpreter with the standard library.
 
     ``timeout_s`` is wall-clock time. ``memory_bytes`` bounds the address space of each process and,
     where there is a pid namespace, the memory of all together; ``max_processes`` counts threads.
-    ``max_output_bytes`` is for each of stdout and stderr; more is read and dropped. Works from any
-    thread, many at once. A program can print what it likes: a checker must not trust a verdict
+    ``max_output_bytes`` is for each of stdout and stderr; more is read and dropped. ``require``
+    names what must hold (see `SandboxResult.isolation`) for the program to be run at all; require
+    less only of programs that you would run without a sandbox. Works from any thread, many at once.
+    A program can print what it likes: a checker must not trust a verdict
     that the program under test could have printed or exited with.
 
-    Raises ``NanorayError`` for limits that make no sense, where no interpreter can be started, and
-    outside of Linux.
+    Raises ``NanorayError`` for limits that make no sense, where no interpreter can be started or
+    something required does not hold, and outside of Linux.
     """
     if sys.platform != "linux":
         raise NanorayError("the sandbox needs Linux; run programs in a Linux container")
@@ -115,6 +122,7 @@ def run_python(
         "disk_bytes": disk_bytes,
         "max_processes": max_processes,
         "isolation": sorted(ISOLATION),
+        "require": sorted(require),
         "seccomp": filter_program(machine, may_signal=True),
         "seccomp_without_signals": filter_program(machine, may_signal=False),
     }
@@ -125,7 +133,13 @@ def run_python(
         settings["folder"] = folder
         marshal.dump(settings, settings_file)
         settings_file.seek(0)
-        return _run(settings_file.fileno(), timeout_s, max_output_bytes)
+        result = _run(settings_file.fileno(), timeout_s, max_output_bytes)
+    if missing := require - result.isolation:
+        raise NanorayError(
+            f"this machine cannot isolate a program (it has no {', '.join(sorted(missing))} for "
+            f"the sandbox), so nothing was run; allow user namespaces, in containers too"
+        )
+    return result
 
 
 def _run(settings_fd: int, timeout_s: float, max_output_bytes: int) -> SandboxResult:

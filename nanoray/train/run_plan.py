@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -14,7 +15,7 @@ from nanoray.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunPlan(ABC):
     """Everything that the loop and Ray's side of it need, whatever is trained on.
 
     What a subclass works out at length is a cached property: not part of the plan's values.
@@ -67,20 +68,20 @@ class RunPlan:
     def checkpoints_dir(self) -> str:
         return storage.join(self.run_dir, "checkpoints")
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - not every stage has something to write
         """Write what workers read of the plan; the run's lease is held."""
 
+    @abstractmethod
     def describe(self) -> list[str]:
         """The plan for a person, a line each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self) -> tuple[str, ...]:
         """Paths and URIs that are read on all nodes."""
-        raise NotImplementedError
 
+    @abstractmethod
     def micro_tokens(self) -> int:
         """Tokens of a micro-batch, at most: what activations grow with."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,10 @@ class StreamRunPlan(RunPlan):
         low, _high = parse_worker_range(self.config["num_workers"])
         return self.micro_rows(low) * self.sequence_len
 
+    @abstractmethod
     def stream(self, tokenizer: Tokenizer) -> Stream:
         """What is trained on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unit_bytes(self) -> int:
         """Bytes that one packing task reads, at most."""
-        raise NotImplementedError

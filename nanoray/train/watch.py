@@ -16,7 +16,9 @@ class TrainingHealthError(NanorayError):
     """The loss is not a number, or has jumped."""
 
 
-def describe_rows(units: np.ndarray, rows: np.ndarray, describe_unit: Callable[[int], str]) -> str:
+def describe_rows(
+    units: np.ndarray, rows: np.ndarray, describe_unit: Callable[[int, np.ndarray], str]
+) -> str:
     """Where the rows of a batch come from, for a person: by unit, neighbours as a range.
 
     Args:
@@ -27,7 +29,8 @@ def describe_rows(units: np.ndarray, rows: np.ndarray, describe_unit: Callable[[
         numbers = np.unique(rows[units == unit])
         runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
         ranges = [f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs]
-        places.append(f"unit {unit} ({describe_unit(int(unit))}) rows {', '.join(ranges)}")
+        what = describe_unit(int(unit), numbers)
+        places.append(f"unit {unit} ({what}) rows {', '.join(ranges)}")
     return "; ".join(places)
 
 

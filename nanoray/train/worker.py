@@ -105,6 +105,7 @@ class TrainWorker(ABC):
         self.tokenizer = load_tokenizer(plan.tokenizer_dir)
         self.dtype = pick_compute_dtype(world.device, self.config["dtype"])
         if world.is_first:
+            hooks.guard()  # what looks incomplete may be another writer's, under way
             delete_incomplete(plan.checkpoints_dir)
         self._build()
         self.schedule = self._make_schedule()

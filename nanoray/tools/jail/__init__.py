@@ -23,7 +23,7 @@ import resource
 import signal
 import time
 
-from . import linux
+from . import linux, program
 from .namespaces import enter_new_root, leave_namespaces, leave_new_root
 from .program import become_the_program, run
 
@@ -78,6 +78,8 @@ def main(status_fd: int) -> int:
     become_the_program(settings, isolation, folder, uids)
     os.write(tell_ready_fd, " ".join(isolation).encode())
     os.close(tell_ready_fd)
+    if not isolation.issuperset(settings["require"]):
+        return program.EXIT_RAISED  # The caller sees from the report that nothing ran.
     return run(settings["code"])
 
 

@@ -75,7 +75,7 @@ def enter_new_root(folder: str, disk_bytes: int, *, proc: bool) -> None:
     """
     linux.mount(None, "/", None, linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("tmpfs", folder, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "size=1m,mode=755")
-    for path in _library_paths():
+    for path in library_paths():
         target = folder + path
         if os.path.islink(path):
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -112,7 +112,7 @@ def leave_new_root(folder: str) -> None:
     linux.libc.umount2(os.fsencode(folder), linux.MNT_DETACH)
 
 
-def _library_paths() -> list[str]:
+def library_paths() -> list[str]:
     """Folders (and links to them) with the standard library and what its extensions link to."""
     paths = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{sys.base_prefix}/lib"]
     paths.append(os.path.dirname(os.__file__))

@@ -11,7 +11,8 @@ import sys
 import types
 
 from . import linux
-from .namespaces import INNER_UID
+from .landlock import restrict_files
+from .namespaces import INNER_UID, library_paths
 
 # How the process exits when the code came to an end; all other exit codes are the program's own
 # os._exit, so that half a run does not pass for a whole one.
@@ -36,6 +37,9 @@ def become_the_program(settings: dict, isolation: set[str], folder: str, uids: l
         linux.prctl(linux.PR_CAPBSET_DROP, capability)
     linux.check(linux.libc.capset(linux.capability_header(), (ctypes.c_uint32 * 6)()))
     linux.check(linux.prctl(linux.PR_SET_NO_NEW_PRIVS, 1))
+    landlock = "mount" not in isolation and "landlock" in settings["isolation"]
+    if landlock and restrict_files(library_paths(), folder):
+        isolation.add("landlock")
     _set_limits(settings, own_user="uid" in isolation)
     isolation.add("rlimits")
     program = settings["seccomp" if "pid" in isolation else "seccomp_without_signals"]
