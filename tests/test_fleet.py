@@ -49,7 +49,7 @@ def test_a_shortfall_is_named(changes: dict[str, object], message: str) -> None:
 
 
 def test_workers_must_fit_on_single_nodes() -> None:
-    small = [{"CPU": 2.0, "GPU": 1.0}] * 8  # 16 CPUs in all
+    small = [{"Resources": {"CPU": 2.0, "GPU": 1.0}}] * 8  # 16 CPUs in all
     fleet.check_places(needs(num_workers=8, cpus_per_worker=2, gpus_per_worker=1), small)
     with pytest.raises(NanorayError, match=r"4 CPUs on one node, .* room for 0 of 4"):
         fleet.check_places(needs(num_workers=4, cpus_per_worker=4, gpus_per_worker=0), small)
@@ -57,7 +57,7 @@ def test_workers_must_fit_on_single_nodes() -> None:
         fleet.check_places(needs(num_workers=9, cpus_per_worker=1, gpus_per_worker=1), small)
     fleet.check_places(needs(num_workers=9, cpus_per_worker=0.5, gpus_per_worker=0), small)
     tenths = needs(num_workers=10, cpus_per_worker=0.1, gpus_per_worker=0)
-    fleet.check_places(tenths, [{"CPU": 1.0}])
+    fleet.check_places(tenths, [{"Resources": {"CPU": 1.0}}])
 
 
 @pytest.mark.slow

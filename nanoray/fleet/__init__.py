@@ -3,11 +3,12 @@
 The only room below training that knows Ray.
 """
 
-from nanoray.fleet.board import Board, StopWatch, gauge_sink, start_board
+from nanoray.fleet.board import Board, StopWatch, gauge_name, gauge_sink, start_board
 from nanoray.fleet.connect import (
     Needs,
     check_places,
     check_resources,
+    check_roles,
     connect,
     has_gpus,
     local_object_store_bytes,
@@ -16,20 +17,28 @@ from nanoray.fleet.connect import (
     preflight,
     worker_environment,
 )
+from nanoray.fleet.placement import Role, count_places, label_selector, living_nodes, nodes_for
 from nanoray.fleet.pool import ActorPool
 
 __all__ = [
     "ActorPool",
     "Board",
     "Needs",
+    "Role",
     "StopWatch",
     "check_places",
     "check_resources",
+    "check_roles",
     "connect",
+    "count_places",
+    "gauge_name",
     "gauge_sink",
     "has_gpus",
+    "label_selector",
+    "living_nodes",
     "local_object_store_bytes",
     "local_resources",
+    "nodes_for",
     "on_cluster",
     "preflight",
     "start_board",

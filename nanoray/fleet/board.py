@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import threading
 from collections import deque
 from typing import Any
@@ -89,17 +91,33 @@ class StopWatch:
         self._closed.set()
 
 
+def gauge_name(stage: str, key: str) -> str:
+    """The Ray gauge of a record's key; Prometheus sees it as ``ray_<name>``.
+
+    Keys such as ``pass@4`` and ``chat/gsm8k`` have characters that Ray would discard the gauge for.
+    """
+    return re.sub(r"[^a-zA-Z0-9_]", "_", f"nanoray_{stage}_{key}")
+
+
 def gauge_sink(stage: str, run: str) -> Sink:
-    """A metrics sink that exports every number as a Ray gauge ``nanoray_<stage>_<key>``."""
+    """A metrics sink that exports every number as a Ray gauge, see `gauge_name`.
+
+    The gauge ``not_finite`` tells how many numbers of the last record were NaN or infinite: Ray's
+    exporter leaves these out, so that their own gauges are gone.
+    """
     gauges: dict[str, Gauge] = {}
 
     def sink(record: Record) -> None:
-        for key, value in record.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
+        numbers = {
+            key: value
+            for key, value in record.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        not_finite = sum(not math.isfinite(value) for value in numbers.values())
+        for key, value in {**numbers, "not_finite": not_finite}.items():
             if key not in gauges:
                 gauges[key] = Gauge(
-                    f"nanoray_{stage}_{key}", description=f"{key} of {stage}", tag_keys=("run",)
+                    gauge_name(stage, key), description=f"{key} of {stage}", tag_keys=("run",)
                 )
                 gauges[key].set_default_tags({"run": run})
             gauges[key].set(value)

@@ -10,8 +10,9 @@ import os
 import secrets
 import shutil
 import socket
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanoray import storage
 from nanoray.errors import NanorayError
+from nanoray.fleet.placement import ROLE_LABEL, Role, count_places, living_nodes, nodes_for
 
 CONNECT_DEADLINE_S = 5.0
 # A node may have to unpack the job and start its first worker; a shortfall is told before.
@@ -143,6 +145,7 @@ class Needs:
         other_cpus, other_gpus: what must be left for others.
         others: who they are.
         flags: what to lower where there is too little; ``{}`` stands for cpus or gpus.
+        role, others_role: of the nodes that the workers and the others are placed on.
         memory_bytes_per_worker: estimate of weights, gradients, states and activations.
         object_store_bytes: blocks in flight.
         paths: local files or folders that every node must see.
@@ -158,6 +161,8 @@ class Needs:
     other_gpus: float = 0
     others: str = "data tasks"
     flags: str = "--num-workers or --{}-per-worker"
+    role: Role | None = None
+    others_role: Role | None = None
 
 
 def local_resources() -> dict[str, float]:
@@ -210,18 +215,18 @@ def check_resources(needs: Needs, have: dict[str, float], where: str) -> None:
         )
 
 
-def check_places(needs: Needs, nodes: Sequence[dict[str, float]]) -> None:
-    """Raise NanorayError if the workers do not fit on the nodes: none may span two of them."""
+def check_places(needs: Needs, nodes: Sequence[dict[str, Any]], where: str = "the nodes") -> None:
+    """Raise NanorayError if the workers do not fit on the nodes: none may span two of them.
+
+    Args:
+        nodes: as `ray.nodes` describes them.
+    """
     wanted = {"CPU": needs.cpus_per_worker, "GPU": needs.gpus_per_worker}
-    places = sum(
-        # Not `//`: 1 // 0.1 is 9.
-        min(int(node.get(kind, 0) / amount + 1e-9) for kind, amount in wanted.items() if amount)
-        for node in nodes
-    )
+    places = count_places(nodes, wanted)
     if places < needs.num_workers:
         gpus = f" and {needs.gpus_per_worker:g} GPUs" if needs.gpus_per_worker else ""
         raise NanorayError(
-            f"a worker needs {needs.cpus_per_worker:g} CPUs{gpus} on one node, and the nodes have "
+            f"a worker needs {needs.cpus_per_worker:g} CPUs{gpus} on one node, and {where} have "
             f"room for {places} of {needs.num_workers}; lower {needs.flags.format('cpus')}, or add "
             f"larger nodes"
         )
@@ -230,14 +235,45 @@ def check_places(needs: Needs, nodes: Sequence[dict[str, float]]) -> None:
 def preflight(needs: Needs) -> None:
     """Compare a plan with the connected cluster; refuse at once rather than wait for ever.
 
+    Where nodes have roles, those of the plan's are compared too.
+
     Raises:
         NanorayError: what is missing, in one sentence.
     """
-    check_resources(needs, ray.cluster_resources(), "the cluster")
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    check_places(needs, [node["Resources"] for node in nodes])
+    nodes = living_nodes()
+    check_resources(needs, _total(nodes), "the cluster")
+    check_roles(needs, nodes)
     if len(nodes) > 1 and needs.paths:
         _check_paths(needs.paths, nodes)
+
+
+def check_roles(needs: Needs, nodes: Sequence[dict[str, Any]]) -> None:
+    """Raise NanorayError if the nodes on which work would be placed have not enough for it.
+
+    Args:
+        nodes: as `ray.nodes` describes them.
+    """
+    own, others = nodes_for(needs.role, nodes), nodes_for(needs.others_role, nodes)
+    if own == others:
+        check_places(needs, own)
+        return
+    alone = replace(needs, other_cpus=0, other_gpus=0, object_store_bytes=0)
+    check_resources(alone, _total(own), f"the cluster (nodes with {ROLE_LABEL}={needs.role})")
+    check_places(needs, own, f"the nodes with {ROLE_LABEL}={needs.role}")
+    for kind, amount in (("CPU", needs.other_cpus), ("GPU", needs.other_gpus)):
+        if _total(others).get(kind, 0) < amount:
+            raise NanorayError(
+                f"{needs.others} need {amount:g} {kind}s, but the nodes with "
+                f"{ROLE_LABEL}={needs.others_role} have {_total(others).get(kind, 0):g}; lower "
+                f"{needs.flags.format(kind.lower() + 's')}, or add {needs.others_role} nodes"
+            )
+
+
+def _total(nodes: Sequence[dict[str, Any]]) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for node in nodes:
+        total.update(node["Resources"])
+    return dict(total)
 
 
 def _check_paths(paths: Sequence[str], nodes: Sequence[dict[str, Any]]) -> None:
@@ -247,7 +283,8 @@ def _check_paths(paths: Sequence[str], nodes: Sequence[dict[str, Any]]) -> None:
 
     pending = {
         missing.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            name="preflight-paths",
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         ).remote(): node
         for node in nodes
     }

@@ -33,6 +33,7 @@ def needs(plan: RlPlan) -> list[fleet.Needs]:
         other_gpus=actors * gpus,
         others="rollout actors",
         flags=_FLAGS,
+        others_role="rollout",
     )
     rollouts = fleet.Needs(
         num_workers=actors,
@@ -46,5 +47,7 @@ def needs(plan: RlPlan) -> list[fleet.Needs]:
         other_gpus=learner.num_workers * learner.gpus_per_worker,
         others="the learner",
         flags=_FLAGS,
+        role="rollout",
+        others_role="trainer",
     )
     return [own, rollouts]

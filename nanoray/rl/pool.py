@@ -20,9 +20,10 @@ import ray
 from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nanoray import storage
+from nanoray import fleet, storage
 from nanoray.errors import NanorayError
 from nanoray.fleet.pool import loss_reason, users_error
+from nanoray.metrics import Sink
 from nanoray.rl.groups import Group
 from nanoray.rl.ledger import LedgerRules
 from nanoray.rl.seat import ActorLostError, Weights, WeightsLostError
@@ -117,7 +118,7 @@ class _PoolActor:
         open_box: list[Any],
         rules: LedgerRules,
         settings: PoolSettings,
-        resources: Mapping[str, float],
+        options: Mapping[str, Any],
         name: str,
         run_dir: str,
     ) -> None:
@@ -125,7 +126,7 @@ class _PoolActor:
             actor = _RolloutActor.options(  # type: ignore[attr-defined]
                 name=f"{name}-{number}",
                 max_concurrency=2,  # threads: weights come in while a bundle is sampled
-                **resources,
+                **options,
             )
             return _RayRollouts(actor.remote(open_box[0]))
 
@@ -135,7 +136,9 @@ class _PoolActor:
     async def start(self) -> None:
         self.supervisor = Supervisor(self._launch, self._rules, self._settings)
         self._over = asyncio.Event()
-        self._keeper = asyncio.create_task(keep_books(self.supervisor, self._run_dir, self._over))
+        sink = fleet.gauge_sink("rollouts", self._run_dir.rsplit("/", 1)[-1])
+        books = keep_books(self.supervisor, self._run_dir, self._over, sink)
+        self._keeper = asyncio.create_task(books)
 
     async def call(self, method: str, *args: Any) -> Any:
         """A coroutine of the supervisor."""
@@ -179,7 +182,12 @@ def start_pool(
         [ray.put(open_sampler)],
         rules,
         settings,
-        {"num_cpus": num_cpus, "num_gpus": num_gpus},
+        # The nodes of the start: where all of them are lost, the actors wait for new ones.
+        {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "label_selector": fleet.label_selector("rollout"),
+        },
         name,
         run_dir,
     )
@@ -264,9 +272,15 @@ class PoolClient:
             ) from error
 
 
-async def keep_books(supervisor: Supervisor, run_dir: str, over: asyncio.Event) -> None:
+async def keep_books(
+    supervisor: Supervisor,
+    run_dir: str,
+    over: asyncio.Event,
+    sink: Sink = lambda _record: None,
+) -> None:
     """Write the status, obey the scale file and the idle times, about once a second.
 
+    ``sink`` gets the status's `pool_numbers`.
     Once ``over`` is set the status is written a last time: nobody else writes it, so that no
     older one can come after.
     """
@@ -282,7 +296,9 @@ async def keep_books(supervisor: Supervisor, run_dir: str, over: asyncio.Event) 
                 supervisor.resize(await asyncio.to_thread(read_scale, run_dir))
             supervisor.autoscale()
             # Only this thread may look at the supervisor, which changes as it runs.
-            await asyncio.to_thread(write_status, supervisor.status(), run_dir)
+            status = supervisor.status()
+            sink(pool_numbers(status))
+            await asyncio.to_thread(write_status, status, run_dir)
             trouble = ""
         except Exception as error:  # a wrong command, a full disk, an outage that may pass
             cause = "" if isinstance(error, NanorayError) else f"{run_dir} cannot be used: "
@@ -293,6 +309,17 @@ async def keep_books(supervisor: Supervisor, run_dir: str, over: asyncio.Event) 
             return
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(over.wait(), period_s)
+
+
+def pool_numbers(status: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a `Supervisor.status` that are watched: groups, and actors by state."""
+    queue, states = status["queue"], [actor["state"] for actor in status["actors"]]
+    return {
+        "groups_waiting": queue["waiting"],
+        "groups_in_flight": queue["in_flight"],
+        "actors_wanted": status["target"],
+        **{f"actors_{state}": states.count(state) for state in ("starting", "idle", "busy")},
+    }
 
 
 def write_status(status: Mapping[str, Any], run_dir: str) -> None:
