@@ -34,9 +34,9 @@ def consume(shard: Any, plan: StreamPlan, cursor: Cursor, rank: int, size: int) 
     return hashes
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("world_size", "max_tasks"), [(1, 4096), (2, 4096), (3, 7), (4, 4096)])
 def test_the_ray_stream_equals_the_local_one(
-    ray_session: None, corpus: str, tokenizer_dir: str, world_size: int
+    ray_session: None, corpus: str, tokenizer_dir: str, world_size: int, max_tasks: int
 ) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
     train, _validation = split_shards(list_shards(corpus))
@@ -52,7 +52,9 @@ def test_the_ray_stream_equals_the_local_one(
     cursor = Cursor(1, 5) if world_size == 3 else Cursor()
     local = local_blocks(plan, tokenizer, cursor)
     expected = [rows.hash() for rows in step_rows(local, plan, 0, 1)]
-    dataset = training_dataset(plan, cursor, tokenizer_dir, concurrency=2)
+    assert len(plan.unit_indices(cursor.unit)) > 20
+    with mock.patch("nanoray.data.stream.MAX_TASKS", max_tasks):
+        dataset = training_dataset(plan, cursor, tokenizer_dir, concurrency=2)
     shards = dataset.streaming_split(world_size, equal=True)
     parts: Iterator[list[int]] = ray.get(
         [consume.remote(s, plan, cursor, r, world_size) for r, s in enumerate(shards)],

@@ -63,6 +63,11 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
         ({"run": "../../etc"}, NanorayError, "not a usable name"),
         ({"num_iterations": None, "target_flops": 1.0}, NanorayError, "less than one step"),
         ({"depth": 0}, UsageError, "--depth"),
+        (
+            {"max_seq_len": 262144, "total_batch_size": 262144},
+            NanorayError,
+            "too little text for one row of 262144 tokens",
+        ),
         ({"gpus_per_worker": 2}, NanorayError, "1 workers need 2 GPUs"),
     ],
 )

@@ -53,7 +53,7 @@ def test_wandb_gets_every_number_and_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Offline: what would be sent lies in a file. Without the end, a run counts as crashed."""
-    from wandb.proto.wandb_internal_pb2 import Record as Sent
+    from wandb.proto.wandb_internal_pb2 import Record as Sent  # type: ignore[attr-defined]
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

@@ -16,6 +16,7 @@ from nanoray import storage
 from nanoray.checkpoint import list_steps
 from nanoray.data.writer import write_shard
 from nanoray.errors import NanorayError
+from nanoray.lease import LeaseLostError
 from nanoray.metrics import read_records
 from nanoray.train.pretrain import PretrainWorker
 from nanoray.train.record import check_resume, record_config
@@ -238,7 +239,7 @@ def test_progress_estimates_by_the_median() -> None:
 
 
 def test_bad_text_is_named_or_skipped_and_counted(
-    home: Path, tmp_path: Path, tokenizer_dir: str
+    home: Path, tmp_path: Path, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from conftest import make_texts
 
@@ -246,10 +247,13 @@ def test_bad_text_is_named_or_skipped_and_counted(
     for i in range(3):
         texts = make_texts(300, seed=i)
         if i == 1:
-            texts[17] = "   "
+            texts[117] = "   "
         write_shard(str(folder / f"shard_{i:05d}.parquet"), texts, row_group_size=100)
+    with pytest.raises(NanorayError, match=r"shard_00001.parquet.*row group 1"):
+        tiny_plan(str(folder), tokenizer_dir, "planned")
+    monkeypatch.setattr("nanoray.data.plan.SAMPLE_GROUPS", 1)  # and planning does not meet it
     plan = tiny_plan(str(folder), tokenizer_dir, "bad")
-    with pytest.raises(NanorayError, match=r"shard_00001.parquet.*row group 0"):
+    with pytest.raises(NanorayError, match=r"shard_00001.parquet.*row group 1"):
         run_plan(plan)
     skipping = tiny_plan(str(folder), tokenizer_dir, "skip", on_bad_shard="skip")
     summary = run_plan(skipping)
@@ -288,6 +292,22 @@ def test_a_checkpoint_that_breaks_after_it_was_chosen_ends_the_start(
     warnings: list[str] = []
     assert choose_start(plan, warnings.append).step == 10, "the next start takes the one before"
     assert len(warnings) == 1
+
+
+def test_a_worker_that_lost_its_run_deletes_nothing(
+    home: Path, corpus: str, tokenizer_dir: str
+) -> None:
+    """What looks half written is what the run's new writer is saving."""
+    plan = tiny_plan(corpus, tokenizer_dir, "taken")
+    saving = storage.join(plan.checkpoints_dir, "step_000010", "model.safetensors")
+    storage.write_text(saving, "half of it")
+
+    def lost() -> None:
+        raise LeaseLostError("taken over")
+
+    with pytest.raises(LeaseLostError):
+        PretrainWorker(plan, World(0, 1, torch.device("cpu")), Hooks(guard=lost), 0, blocks_of())
+    assert storage.exists(saving)
 
 
 def test_no_worker_looks_for_a_checkpoint_by_itself(

@@ -202,12 +202,11 @@ def test_a_killed_job_goes_on_when_it_is_run_again(
 def test_bad_data_found_by_a_packing_task_is_one_sentence(
     home: Path, ray_session: None, tmp_path: Path, tokenizer_dir: str
 ) -> None:
-    for i in range(3):
-        texts = make_texts(100, seed=i)
-        if i == 1:
-            texts[17] = " "
-        write_shard(str(tmp_path / "bad" / f"shard_{i:05d}.parquet"), texts)
+    shards = [str(tmp_path / "bad" / f"shard_{i:05d}.parquet") for i in range(3)]
+    for i, shard in enumerate(shards):
+        write_shard(shard, make_texts(100, seed=i))
     plan = tiny_plan(str(tmp_path / "bad"), tokenizer_dir, "bad", num_workers="2")
+    write_shard(shards[1], [*make_texts(17), " "])  # after planning, which would meet it
     starts = []
     began = time.monotonic()
     with pytest.raises(NanorayError, match=r"^shard .*shard_00001.parquet, row group 0, row 17"):

@@ -7,7 +7,7 @@ horizon, because every new execution costs seconds. The tasks import no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,8 @@ from nanoray.data.blocks import Block, Cursor, Stream, unit_block
 from nanoray.errors import NanorayError
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 
+MAX_TASKS = 4096
+
 
 @lru_cache(maxsize=2)
 def _cached_tokenizer(uri: str) -> Tokenizer:
@@ -25,13 +27,18 @@ def _cached_tokenizer(uri: str) -> Tokenizer:
 
 
 def training_dataset(
-    plan: Stream, cursor: Cursor, tokenizer: str, concurrency: int | None = None
+    plan: Stream,
+    cursor: Cursor,
+    tokenizer: str,
+    concurrency: int | None = None,
+    label_selector: Mapping[str, str] | None = None,
 ) -> ray.data.Dataset:
     """All rows from ``cursor`` to one slab past the horizon, in blocks of ``rows_per_block``.
 
     Args:
         tokenizer: its folder or URI, which every node that packs must see.
         concurrency: packing tasks at once (None: as many as there are CPUs free).
+        label_selector: of the nodes that pack (None or empty: all).
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -40,19 +47,26 @@ def training_dataset(
     context.raise_original_map_exception = True  # a NanorayError stays one
     indices = plan.unit_indices(cursor.unit)
 
-    def pack(batch: dict[str, np.ndarray]) -> Block:
-        (index,) = batch["item"]
-        skip = cursor.row if index == cursor.unit else 0
-        return unit_block(plan, _cached_tokenizer(tokenizer), int(index), skip)
+    # A long horizon is told in as many tasks at most: each costs a millisecond at every start.
+    stride = -(-len(indices) // MAX_TASKS)
+
+    def pack(batch: dict[str, np.ndarray]) -> Iterator[Block]:
+        (first,) = batch["item"]
+        for index in range(first, min(first + stride, indices.stop)):
+            skip = cursor.row if index == cursor.unit else 0
+            yield unit_block(plan, _cached_tokenizer(tokenizer), index, skip)
 
     pack.__name__ = "tokenize_and_pack"
-    units = ray.data.from_items(list(indices), override_num_blocks=len(indices))
+    firsts = list(indices[::stride])
+    units = ray.data.from_items(firsts, override_num_blocks=len(firsts))
+    options: dict[str, Any] = {"label_selector": dict(label_selector)} if label_selector else {}
     packed = units.map_batches(
         pack,
         batch_size=1,
         batch_format="numpy",
         num_cpus=1,
         compute=ray.data.TaskPoolStrategy(size=concurrency),
+        **options,
     )
     return packed.repartition(target_num_rows_per_block=plan.layout.rows_per_block, strict=True)
 

@@ -37,6 +37,8 @@ def needs(plan: RunPlan) -> list[fleet.Needs]:
             memory_bytes_per_worker=int(memory),
             object_store_bytes=object_store,
             paths=tuple(path for path in paths if storage.is_local(path)),
+            role="trainer",
+            others_role="data",
         )
     ]
 

@@ -126,8 +126,8 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
     """Resolve and validate everything that can be known before the first worker starts.
 
     Raises:
-        NanorayError: no corpus, one shard only, no tokenizer, a batch that does not divide,
-            no horizon of even one step.
+        NanorayError: no corpus, one shard only, too little or bad text in it, no tokenizer, a batch
+            that does not divide, no horizon of even one step.
     """
     run = storage.check_name(config.run or f"d{config.depth}", "run")
     corpus_dir = storage.data_dir(config.corpus)
@@ -155,7 +155,7 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
                  "scalar_lr", "weight_decay", "warmup_steps", "warmdown_ratio",
                  "final_lr_frac"):  # fmt: skip
         resolved[name] = config.recipe_value(name)
-    return PretrainPlan(
+    plan = PretrainPlan(
         config=resolved | {"run": run, "tokenizer": tokenizer_dir, "corpus": corpus_dir},
         run=run,
         run_dir=storage.run_dir(run),
@@ -172,6 +172,8 @@ def make_plan(config: PretrainConfig) -> PretrainPlan:
         flops_per_token=model.flops_per_token(),
         num_parameters=model.num_parameters_by_group()["total"],
     )
+    plan.stream(tokenizer)  # a sample is read: better here than minutes later, in a worker
+    return plan
 
 
 def _num_iterations(config: PretrainConfig, scaling: laws.Scaling, flops_per_token: int) -> int:

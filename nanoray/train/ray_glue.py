@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,8 +18,10 @@ import ray
 import ray.train
 import torch
 from ray.data import ExecutionOptions
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train import DataConfig
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from nanoray import fleet, storage
 from nanoray.config import parse_worker_range
@@ -131,9 +133,6 @@ def _stop_signals(board: Any) -> Iterator[None]:
 def _trainer(plan: RunPlan, lease: Lease, board: Any, run: Run | None) -> TorchTrainer:
     low, high = parse_worker_range(plan.config["num_workers"])
     gpus = float(plan.config["gpus_per_worker"] or 0)
-    if not gpus:  # workers that take every CPU would starve the tasks that feed them
-        free = ray.cluster_resources().get("CPU", 0) - DATA_CPUS
-        high = max(low, min(high, int(free // plan.config["cpus_per_worker"])))
     resources = {"CPU": float(plan.config["cpus_per_worker"])} | ({"GPU": gpus} if gpus else {})
     local = not fleet.on_cluster()
     plan = replace(plan)  # as new, without what it has worked out on the way
@@ -142,14 +141,16 @@ def _trainer(plan: RunPlan, lease: Lease, board: Any, run: Run | None) -> TorchT
         assert isinstance(plan, StreamRunPlan)
         # On one machine packing takes cores from training.
         datasets["train"] = partial(_dataset, plan, board, 2 if local else None)
-    return TorchTrainer(
+    scaling = ScalingConfig(
+        num_workers=low if low == high else (low, high),
+        use_gpu=gpus > 0,
+        resources_per_worker=resources,
+        label_selector=fleet.label_selector("trainer") or None,
+    )
+    trainer = _PlacedTrainer(
         _train_loop,
         train_loop_config={"plan": plan, "token": lease.token, "board": board, "run": run},
-        scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),  # type: ignore[arg-type]
-            use_gpu=gpus > 0,
-            resources_per_worker=resources,
-        ),
+        scaling_config=scaling,
         run_config=RunConfig(
             # A name of its own each time: what resumes is our checkpoint, not Ray Train's state.
             name=f"{plan.run}-{uuid.uuid4().hex[:8]}",
@@ -157,7 +158,7 @@ def _trainer(plan: RunPlan, lease: Lease, board: Any, run: Run | None) -> TorchT
             failure_config=FailureConfig(
                 max_failures=int(plan.config["max_failures"]),
                 # Placements that came too late count here: a lost node may take its time.
-                controller_failure_limit=max(1, int(plan.config["max_failures"])),  # type: ignore[call-arg]
+                controller_failure_limit=max(1, int(plan.config["max_failures"])),
             ),
             worker_runtime_env=None if local else {"env_vars": fleet.worker_environment()},
         ),
@@ -168,6 +169,47 @@ def _trainer(plan: RunPlan, lease: Lease, board: Any, run: Run | None) -> TorchT
             execution_options=ExecutionOptions(preserve_order=True),
         ),
     )
+    if low < high:
+        # Workers that take every CPU would starve the tasks that feed them.
+        trainer.policy = _PlacedPolicy(scaling, 0 if gpus else DATA_CPUS)
+    return trainer
+
+
+class _PlacedPolicy(ElasticScalingPolicy):
+    """Elastic training that counts the places where its workers may go.
+
+    Ray Train 2.60 counts those of all nodes, whatever their labels, and leaves no CPU for others:
+    after the loss of a node it would ask for places that are not its own, or starve its own data.
+    """
+
+    def __init__(self, scaling: ScalingConfig, spare_cpus: float) -> None:
+        super().__init__(scaling)
+        self._spare_cpus = spare_cpus
+
+    def _count_possible_workers(self, reserved: Any) -> int:
+        nodes = fleet.living_nodes()
+        trainers = fleet.nodes_for("trainer", nodes)
+        elsewhere = [node for node in fleet.nodes_for("data", nodes) if node not in trainers]
+        wanted = self.scaling_config._resources_per_worker_not_none
+        places = fleet.count_places(trainers, wanted)
+        if _cpus(elsewhere) < self._spare_cpus:
+            places = min(places, int((_cpus(trainers) - self._spare_cpus) // wanted["CPU"]))
+        return min(places, super()._count_possible_workers(reserved))
+
+
+def _cpus(nodes: Sequence[dict[str, Any]]) -> float:
+    return sum(float(node["Resources"].get("CPU", 0)) for node in nodes)
+
+
+class _PlacedTrainer(TorchTrainer):
+    """Ray Train has no public way to choose the policy (2.60)."""
+
+    policy: _PlacedPolicy | None = None
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if self.policy:
+            options["scaling_policy"] = self.policy
+        return super()._initialize_and_run_controller(**options)
 
 
 def _dataset(plan: StreamRunPlan, board: Any, concurrency: int | None) -> ray.data.Dataset:
@@ -179,7 +221,8 @@ def _dataset(plan: StreamRunPlan, board: Any, concurrency: int | None) -> ray.da
         ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
         raise
     ray.get(board.start_from.remote(start.step), timeout=30)
-    return training_dataset(stream, start.slab, plan.tokenizer_dir, concurrency)
+    nodes = fleet.label_selector("data")
+    return training_dataset(stream, start.slab, plan.tokenizer_dir, concurrency, nodes)
 
 
 def _ray_storage(plan: RunPlan) -> str:

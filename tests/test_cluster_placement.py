@@ -1,0 +1,247 @@
+"""Where work goes on a cluster whose nodes have roles, and what the preflight says of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from pretrain_runs import hashes, run_plan, tiny_plan
+from ray.cluster_utils import Cluster
+from ray.train.v2.api.config import ScalingConfig
+
+from nanoray import fleet
+from nanoray.data.blocks import Cursor
+from nanoray.data.stream import training_dataset
+from nanoray.errors import NanorayError
+from nanoray.lease import Lease
+from nanoray.rl.groups import Group
+from nanoray.rl.ledger import LedgerRules
+from nanoray.rl.pool import PoolClient, close_pool, start_pool
+from nanoray.rl.supervisor import PoolSettings
+from nanoray.tokenizer import load_tokenizer
+from nanoray.train import ray_glue
+from nanoray.train.needs import with_gpus
+from nanoray.train.record import record_config
+
+GIB = 2**30
+
+
+def node(role: str | None, cpus: float = 2, gpus: float = 0, memory_gib: float = 8) -> Any:
+    """A node as `ray.nodes` tells it."""
+    resources = {"CPU": cpus, "GPU": gpus, "memory": memory_gib * GIB}
+    labels = {"nanoray-role": role} if role else {}
+    return {"Resources": resources, "Labels": labels, "Alive": True}
+
+
+def needs(**changes: Any) -> fleet.Needs:
+    values: dict[str, Any] = {
+        "num_workers": 2,
+        "cpus_per_worker": 1.0,
+        "gpus_per_worker": 0.0,
+        "other_cpus": 1.0,
+        "memory_bytes_per_worker": GIB,
+        "object_store_bytes": 2**26,
+        "role": "trainer",
+        "others_role": "data",
+    }
+    return fleet.Needs(**(values | changes))
+
+
+ROLES = [node("head", 0), node("trainer"), node("data"), node("rollout", gpus=0.5)]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes"),
+    [
+        (ROLES, {}),
+        ([node(None, 3)], {}),
+        ([node(None), node(None, 1)], {}),
+        ([node("head", 0), node("trainer", 3)], {}),  # data tasks go anywhere
+        ([node("head", 0), node("data", 1), node(None)], {}),  # and so do trainers
+        (ROLES, {"role": "rollout", "others_role": "trainer", "gpus_per_worker": 0.25}),
+    ],
+)
+def test_what_fits_its_roles_is_accepted(nodes: list[Any], changes: dict[str, Any]) -> None:
+    fleet.check_roles(needs(**changes), nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "changes", "message"),
+    [
+        (ROLES, {"num_workers": 3}, r"need 3 .*\(nodes with nanoray-role=trainer\) has 2; lower"),
+        (ROLES, {"gpus_per_worker": 0.25}, r"0.5 GPUs, .*nanoray-role=trainer\) has 0; lower"),
+        (ROLES, {"memory_bytes_per_worker": 5 * GIB}, r"10.0 GiB .*=trainer\) has 8.0 GiB"),
+        (ROLES, {"other_cpus": 3}, r"data tasks need 3 CPUs, .*=data have 2; lower .* data nodes"),
+        (
+            [node("trainer", 1), node("trainer", 1), node("data")],
+            {"num_workers": 1, "cpus_per_worker": 2},
+            r"the nodes with nanoray-role=trainer have room for 0 of 1",
+        ),
+        (
+            ROLES,
+            {"role": "rollout", "others_role": "trainer", "gpus_per_worker": 0.5},
+            r"2 workers need 1 GPUs, .*nanoray-role=rollout\) has 0.5",
+        ),
+    ],
+)
+def test_a_shortfall_is_named_with_its_role(
+    nodes: list[Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(NanorayError, match=message):
+        fleet.check_roles(needs(**changes), nodes)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "places"),
+    [
+        (ROLES, 2),  # not the data node's and the rollout node's
+        ([node("head", 0), node("trainer", 1), node("data"), node("rollout")], 1),
+        ([node("head", 0), node("data"), node("rollout")], 3),  # no trainers: anywhere
+        ([node("head", 0), node("trainer", 2)], 1),  # the packing tasks need a CPU there
+        ([node("head", 0), node("trainer", 2), node(None, 1)], 2),
+        ([node(None, 2), node(None, 2)], 3),
+        ([node(None, 2)], 1),
+        ([node("trainer", 1), node("data", 1)], 1),
+    ],
+)
+def test_elastic_training_counts_the_places_of_its_own(
+    nodes: list[Any], places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "living_nodes", lambda: nodes)
+    scaling = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1.0})
+    policy = ray_glue._PlacedPolicy(scaling, spare_cpus=1)
+    reserved = {str(number): node["Resources"] for number, node in enumerate(nodes)}
+    assert policy._count_possible_workers(reserved) == places
+    one_place = {"0": {"CPU": 1.0}}  # another job has the rest
+    assert policy._count_possible_workers(one_place) == min(1, places)
+
+
+class RoleCluster:
+    """A Ray cluster in this process whose nodes have roles; this process is its driver."""
+
+    def __init__(self) -> None:
+        self.cluster = Cluster()
+        self.role_of: dict[str, str] = {}
+        for role, cpus in (("head", 0), ("trainer", 2), ("data", 2), ("rollout", 2)):
+            self.cluster.add_node(
+                num_cpus=cpus, labels={"nanoray-role": role}, object_store_memory=100 * 2**20
+            )
+        os.environ["RAY_ADDRESS"] = self.cluster.address
+        try:
+            fleet.connect(namespace=None)
+            self.role_of = {n["NodeID"]: n["Labels"]["nanoray-role"] for n in ray.nodes()}
+        finally:
+            del os.environ["RAY_ADDRESS"]
+
+    def close(self) -> None:
+        ray.shutdown()
+        self.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def roles() -> Iterator[RoleCluster]:
+    ray.shutdown()  # the session of other test files
+    made = RoleCluster()
+    yield made
+    made.close()
+    fleet.connect()  # for those that come after
+
+
+@pytest.mark.slow
+def test_the_preflight_of_a_cluster_answers_by_role(roles: RoleCluster) -> None:
+    fleet.preflight(needs())
+    with pytest.raises(NanorayError, match="nanoray-role=trainer"):
+        fleet.preflight(needs(num_workers=4))
+
+
+@pytest.mark.slow
+def test_data_tasks_run_on_data_nodes(
+    roles: RoleCluster, home: Any, corpus: str, tokenizer_dir: str, tmp_path: Any
+) -> None:
+    plan = tiny_plan(corpus, tokenizer_dir, "placed")
+    stream = plan.stream(load_tokenizer(tokenizer_dir))
+    dataset = training_dataset(
+        stream, Cursor(), tokenizer_dir, label_selector=fleet.label_selector("data")
+    )
+
+    def who(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        here = ray.get_runtime_context().get_node_id()
+        return {"node": np.array([here] * len(batch["unit"]))}
+
+    # What comes after on the same blocks is fused with the packing, and tells where that ran.
+    rows = dataset.map_batches(who, batch_format="numpy").take(40)
+    assert {roles.role_of[row["node"]] for row in rows} == {"data"}
+
+
+@pytest.mark.slow
+def test_learners_train_on_trainer_nodes(
+    roles: RoleCluster, home: Any, corpus: str, tokenizer_dir: str
+) -> None:
+    calm = tiny_plan(corpus, tokenizer_dir, "calm")
+    run_plan(calm)
+    plan = tiny_plan(corpus, tokenizer_dir, "placed", num_workers="1:4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_glue, "_train_loop", _telling_its_node(ray_glue._train_loop))
+        lease = Lease(plan.run_dir)
+        try:
+            record_config(plan)
+            records: list[dict[str, Any]] = []
+            summary = ray_glue.fit(with_gpus(plan, {}), lease, records.append)
+        finally:
+            lease.release()
+    assert summary["status"] == "finished"
+    # Four were allowed and six CPUs there: two on the trainer node is all that may be.
+    seen = [record["node"] for record in records if "node" in record]
+    assert [roles.role_of[place] for place in seen] == ["trainer", "trainer"]
+    assert hashes(plan) == hashes(calm)
+
+
+def _telling_its_node(loop: Callable[..., None]) -> Callable[..., None]:
+    def train(config: dict[str, Any]) -> None:
+        config["board"].post.remote({"node": ray.get_runtime_context().get_node_id()})
+        loop(config)
+
+    return train
+
+
+@pytest.mark.slow
+def test_rollouts_are_sampled_on_rollout_nodes(roles: RoleCluster, tmp_path: Any) -> None:
+    def open_sampler() -> Any:
+        class Sampler:
+            def load_weights(self, buffer: Any, version: int) -> None: ...
+
+            def sample(self, numbers: list[int]) -> list[Any]:
+                here = ray.get_runtime_context().get_node_id()
+                prompt = np.array([0], dtype=np.int32)
+                return [_group(number, prompt, here) for number in numbers]
+
+        return Sampler()
+
+    def _group(number: int, prompt: Any, text: str) -> Group:
+        from nanoray.rl.groups import Sample
+
+        one = Sample(
+            tokens=np.zeros(1, np.int32),
+            mask=np.ones(1, np.uint8),
+            logprobs=np.zeros(1, np.float32),
+            versions=np.zeros(1, np.int32),
+            finish_reason="stop",
+            text=text,
+            reward=float(number % 2),
+        )
+        return Group(number, prompt, (one,))
+
+    rules = LedgerRules(num_steps=1, questions_per_step=4, bundle_size=1)
+    pool = start_pool(open_sampler, rules, PoolSettings(2, 2), run_dir=str(tmp_path), num_cpus=0.5)
+    try:
+        client = PoolClient(pool, "a")
+        client.begin(0, None)
+        client.publish(0, np.zeros(8, np.uint8))
+        groups = client.take(0).groups
+    finally:
+        close_pool(pool)
+    assert {roles.role_of[group.samples[0].text] for group in groups} == {"rollout"}
