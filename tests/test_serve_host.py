@@ -59,8 +59,9 @@ async def collect(host: Host, max_tokens: int, started: asyncio.Event) -> list[D
     return deltas
 
 
-def engine_threads() -> int:
-    return sum(thread.name == "engine" for thread in threading.enumerate())
+def engine_threads() -> set[threading.Thread]:
+    """Those that run; other tests' may end at any time, so none may be counted on."""
+    return {thread for thread in threading.enumerate() if thread.name == "engine"}
 
 
 # ---- models side by side
@@ -155,7 +156,7 @@ def test_another_engine_takes_over_and_the_old_one_drains(host: Host, change: st
     assert text == "ab" * 250
     assert host.model("chat").engine is not old
     say(host)
-    wait_for(lambda: engine_threads() == before and not host.stats()["draining"])
+    wait_for(lambda: len(engine_threads() - before) == 1 and not host.stats()["draining"])
     with pytest.raises(NanorayError, match="closed"):
         old.generate([PROMPT], SamplingParams())
 
@@ -225,7 +226,7 @@ def test_what_cannot_be_served_leaves_everything_as_it_was(host: Host, fault: st
         host.reconfigure(config(*new))
     assert host.models() == before
     assert say(host) == "abab"
-    assert engine_threads() == threads
+    assert engine_threads() <= threads
 
 
 def test_the_config_is_checked() -> None:
