@@ -65,7 +65,7 @@ class HttpSettings:
     max_body_bytes: int = 2 * 2**20
     body_timeout_s: float = 20.0
     request_timeout_s: float = 300.0
-    coalesce_s: float = 0.025
+    coalesce_s: float = 0.1
 
 
 def make_app(host: Host, settings: HttpSettings, observer: Observer) -> FastAPI:

@@ -121,8 +121,9 @@ class Run:
         Raises ApiError.
         """
         engine = self.served.engine
+        coalesce_s = self._service.coalesce_s if coalesce else 0.0
         async with contextlib.aclosing(
-            engine.stream_batches(self._prompts, self._params)
+            engine.stream_batches(self._prompts, self._params, coalesce_s)
         ) as batches:
             while True:
                 with self._told():
@@ -133,8 +134,6 @@ class Run:
                 for delta in deltas:
                     self._take(delta)
                 yield deltas
-                if coalesce and any(delta.text for delta in deltas):
-                    await asyncio.sleep(self._service.coalesce_s)
 
     def _take(self, delta: Delta) -> None:
         if delta.finish_reason == "abort":

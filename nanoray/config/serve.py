@@ -53,7 +53,7 @@ class ChatServiceConfig(BaseModel):
         default=2 * 2**20, ge=1024, description="larger requests are refused unread"
     )
     coalesce_s: float = Field(
-        default=0.025, ge=0, description="tokens after the first are sent together for so long"
+        default=0.1, ge=0, description="tokens after the first are sent together for so long"
     )
     api_keys_file: str | None = Field(
         default=None,

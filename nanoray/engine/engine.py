@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import threading
@@ -14,6 +13,7 @@ from concurrent.futures import Future
 from torch import Tensor
 
 from nanoray.engine.cached import CachedModel, KVCache
+from nanoray.engine.delta_inbox import DeltaInbox
 from nanoray.engine.request import (
     Completion,
     Delta,
@@ -163,15 +163,17 @@ class Engine:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams],
+        coalesce_s: float = 0.0,
     ) -> AsyncGenerator[list[Delta], None]:
         """As stream(), of several prompts: each time all deltas since the last time.
 
-        A caller that pauses between two of them gets fewer and longer ones.
+        Args:
+            coalesce_s: after text, what comes within this time (or until all ends) comes together.
         """
         requests = self._all_requests(prompts, params)
         for index, request in enumerate(requests):
             request.index = index
-        async with contextlib.aclosing(self._deltas(requests)) as batches:
+        async with contextlib.aclosing(self._deltas(requests, coalesce_s)) as batches:
             async for deltas in batches:
                 yield deltas
 
@@ -280,27 +282,23 @@ class Engine:
             raise NanorayError("stop strings need a tokenizer: give stop_token_ids instead.")
         return [Request(self._rules, prompt, params, index) for index in range(params.n)]
 
-    async def _deltas(self, requests: Sequence[Request]) -> AsyncGenerator[list[Delta], None]:
+    async def _deltas(
+        self, requests: Sequence[Request], coalesce_s: float = 0.0
+    ) -> AsyncGenerator[list[Delta], None]:
         """Run the requests in the engine's thread; aclose() aborts them."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[Delta] = asyncio.Queue()
-
-        def on_delta(delta: Delta) -> None:
-            with contextlib.suppress(RuntimeError):  # the caller's loop is closed: nobody listens
-                loop.call_soon_threadsafe(queue.put_nowait, delta)
-
+        inbox = DeltaInbox(len(requests))
         for request in requests:
-            request.on_delta = on_delta
+            request.on_delta = inbox.put
         self.start()
         self._submit(requests)
         try:
             still_open = len(requests)
             while still_open:
-                deltas = [await queue.get()]
-                while not queue.empty():
-                    deltas.append(queue.get_nowait())
+                deltas = await inbox.take()
                 still_open -= sum(delta.finish_reason is not None for delta in deltas)
                 yield deltas
+                if coalesce_s and any(delta.text for delta in deltas):
+                    await inbox.wait_for_all(coalesce_s)
         finally:
             self._tell(lambda: self._abort(requests))
 
