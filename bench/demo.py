@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 from demo_home import ROOT, environment, job
 
@@ -36,7 +37,7 @@ def validation_text(home: str) -> bytes:
     from nanoray.train.plan import PretrainPlan
 
     content = json.loads(storage.read_bytes(f"{home}/runs/demo/config.json"))
-    names = PretrainPlan.__dataclass_fields__
+    names = {field.name for field in fields(PretrainPlan)}
     plan = PretrainPlan.from_dict({k: v for k, v in content.items() if k in names})
     tokenizer = load_tokenizer(plan.tokenizer_dir)
     rows = validation_rows(

@@ -1,6 +1,7 @@
 """What the rollout pool costs, and what it gains. Prints one JSON line last.
 
     python bench/rollouts.py [--from-run demo-sft] [--nanochat DIR] [--rounds 5] [--threads 1]
+        [--data-dir DIR]
 
 1. actor: tokens/s of one rollout actor (weights fetched, bundles, rewards, the way back) over the
    bare engine in this process, on the same bundles of arithmetic problems, in turn.
@@ -10,12 +11,15 @@
 4. asynchronous: S = 1 and 2 against S = 0 at equal samples; 4 actors and a learner that sleep
    instead of computing: long-tailed lengths times an injected latency of a token.
 
-The run is a chat model's, such as `make demo` leaves. DIR is a checkout of karpathy/nanochat.
+The run is a chat model's, such as `make demo` leaves. --nanochat is a checkout of
+karpathy/nanochat; with --data-dir (a folder with gsm8k/) the problems of 1 and 2 are GSM8K's, and
+not arithmetic.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -37,6 +41,7 @@ from nanoray.checkpoint.loading import LoadedModel
 from nanoray.engine import Engine, SamplingParams
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT
+from nanoray.model.heap import keep_freed_memory
 from nanoray.rl import flat
 from nanoray.rl.groups import Group, Sample
 from nanoray.rl.ledger import LedgerRules
@@ -59,6 +64,7 @@ def main() -> None:
     parser.add_argument("--nanochat", type=Path, help="a nanochat checkout to compare with")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--data-dir", help="ask GSM8K's problems of this folder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     fleet.connect()
@@ -66,18 +72,22 @@ def main() -> None:
     chat = load_model(args.from_run, dtype="float32")
     with tempfile.TemporaryDirectory() as folder:
         chat.tokenizer.save(folder)
-        report["actor"] = bench_actor(chat, folder, args.nanochat, args.rounds, args.threads)
+        settings = sampler_settings(chat.model.config, folder, args.threads, args.data_dir)
+        report["actor"] = bench_actor(chat, settings, args.nanochat, args.rounds)
         report["broadcast"] = bench_broadcast(chat, folder, args.rounds)
     report["asynchronous"] = bench_asynchronous(steps=20)
     ray.shutdown()
     print(json.dumps(report))
 
 
-def sampler_settings(config: GPTConfig, tokenizer_dir: str, threads: int) -> SamplerSettings:
+def sampler_settings(
+    config: GPTConfig, tokenizer_dir: str, threads: int = 1, data_dir: str | None = None
+) -> SamplerSettings:
+    name = "gsm8k" if data_dir else "arithmetic"
     return SamplerSettings(
         model=config.to_dict(),
         tokenizer_dir=tokenizer_dir,
-        problems=TaskReward("arithmetic", "train"),
+        problems=TaskReward(name, "train", Sources(data_dir=data_dir)),
         num_samples=SAMPLES,
         max_new_tokens=MAX_NEW,
         temperature=1.0,
@@ -89,17 +99,20 @@ def sampler_settings(config: GPTConfig, tokenizer_dir: str, threads: int) -> Sam
 
 
 def bench_actor(
-    chat: LoadedModel, tokenizer_dir: str, nanochat: Path | None, rounds: int, threads: int
+    chat: LoadedModel, settings: SamplerSettings, nanochat: Path | None, rounds: int
 ) -> dict[str, Any]:
-    settings = sampler_settings(chat.model.config, tokenizer_dir, threads)
     rules = LedgerRules(rounds + 1, QUESTIONS, BUNDLE)
-    pool = start_pool(settings.open, rules, PoolSettings(1, 1), run_dir=tokenizer_dir)
+    pool = start_pool(settings.open, rules, PoolSettings(1, 1), run_dir=settings.tokenizer_dir)
     client = PoolClient(pool, "bench")
     client.begin(0, None)
-    task = load_task("arithmetic", "train", Sources())
+    problems = settings.problems
+    task = load_task(problems.name, problems.split, problems.sources)
     engine = Engine(chat.model, chat.tokenizer, num_slots=settings.num_slots, tool=calculate)
     peer = load_peer(nanochat, chat) if nanochat else None
     buffer = flat.pack(chat.model.state_dict())
+    keep_freed_memory()  # and the collector's peace: the bare engine has what the actor's has
+    gc.collect()
+    gc.freeze()
 
     def prompts_of(numbers: Sequence[int]) -> list[list[int]]:
         indices = [example_index(number, len(task), SEED) for number in numbers]
@@ -200,7 +213,7 @@ def bench_broadcast(chat: LoadedModel, tokenizer_dir: str, rounds: int) -> dict[
     model = GPT(config)
     model.init_weights(0)
     buffer = flat.pack(model.state_dict())
-    settings = sampler_settings(config, tokenizer_dir, threads=1)
+    settings = sampler_settings(config, tokenizer_dir)
     rules = LedgerRules(1, 1, 1)  # a run of one answer: then there are only versions
     pool = start_pool(settings.open, rules, PoolSettings(4, 4), run_dir=tokenizer_dir, num_cpus=0.5)
     client = PoolClient(pool, "bench")

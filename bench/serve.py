@@ -10,8 +10,8 @@ last.
    requests (in a process like a replica), of the same requests one at a time over HTTP, and of
    nanochat's engine one after the other (all cores, no HTTP; only for a run of the bench's shape).
 2. first_token: median time to the first token, idle, over HTTP and of the bare engine.
-3. second_turn: time to the first token of a long conversation's second turn with the same
-   x-session-id and 2 replicas, and of equally long new conversations.
+3. second_turn: time to the first token of a long conversation's second turn (some 700 tokens, two
+   thirds of the context) with the same x-session-id and 2 replicas, and of its first turn.
 4. disconnects: seconds until a closed connection's slot is free; slots busy after 500 connections
    closed at random moments.
 5. overload: 200 requests at once: how many were refused and how soon, memory before and after.
@@ -26,23 +26,24 @@ import contextlib
 import json
 import os
 import random
-import signal
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
-import psutil
+from serve_process import ROOT, Server, make_run, service
 
-ROOT = Path(__file__).parents[1]
+if TYPE_CHECKING:
+    from nanoray.tokenizer import Tokenizer
+
 NUM_STREAMS, NUM_TOKENS = 16, 64
+LONG_TURN_TOKENS = 700
 _FORBIDDEN: dict[str, float] = {}  # logit_bias by which no answer ends before its time
 CHAT = "/v1/chat/completions"
 
@@ -75,97 +76,22 @@ def main() -> None:
                     print(name, report[name], file=sys.stderr, flush=True)
         if not only or "second_turn" in only:
             with service(run, "--replicas=2") as server:
-                report["second_turn"] = asyncio.run(bench_second_turn(server, args.rounds))
+                report["second_turn"] = asyncio.run(bench_second_turn(server, args.rounds, run))
         if args.minutes:
             with service(run) as server:
                 report["soak"] = asyncio.run(bench_soak(server, args.minutes))
     print(json.dumps(report))
 
 
-def make_run(folder: str) -> str:
-    """A random chat model of the demo's shape, as a run."""
-    import torch
+def tokenizer_of(run: str) -> Tokenizer:
+    from nanoray.tokenizer import load_tokenizer
 
-    from nanoray.checkpoint import CheckpointWriter, Snapshot
-    from nanoray.model.config import GPTConfig
-    from nanoray.model.gpt import GPT
-    from nanoray.tokenizer import ByteTokenizer
-
-    config = GPTConfig(512, ByteTokenizer().vocab_size, 4, 4, 4, 256)
-    model = GPT(config)
-    model.init_weights(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.02)
-        model.lm_head.weight.normal_(0, 0.3)
-    root = f"{folder}/runs/random/checkpoints"
-    writer = CheckpointWriter(root, rank=0, world_size=1, attempt="a", keep=1, guard=lambda: None)
-    meta = {"stage": "sft", "step": 1, "model_config": config.to_dict()}
-    files = ByteTokenizer().to_files()
-    writer.save(Snapshot(1, [], model=model.state_dict(), meta=meta, files=files))
-    writer.wait()
-    return f"{folder}/runs/random"
+    return load_tokenizer(str(max((Path(run) / "checkpoints").iterdir())))
 
 
 def forbid_stops(run: str) -> None:
-    from nanoray.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(str(max((Path(run) / "checkpoints").iterdir())))
-    _FORBIDDEN.update({str(token): -100.0 for token in tokenizer.special_tokens.values()})
-
-
-# ---- the service as a process
-
-
-class Server:
-    """The job's process, its address and its replicas."""
-
-    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
-        self.process, self.url = process, url
-
-    def client(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=0)
-        timeout = aiohttp.ClientTimeout(total=120)
-        return aiohttp.ClientSession(self.url, connector=connector, timeout=timeout)
-
-    def rss_mb(self) -> float:
-        """Memory of the replicas and the proxy."""
-        total = 0
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                title = " ".join(process.cmdline()[:1])
-                if "ServeReplica" in title or "ProxyActor" in title:
-                    total += process.memory_info().rss
-        return total / 2**20
-
-    async def busy_slots(self, http: aiohttp.ClientSession) -> int:
-        async with http.get("/stats") as response:
-            models = (await response.json())["models"]
-        return sum(int(stats["busy_slots"] + stats["waiting"]) for stats in models.values())
-
-
-@contextlib.contextmanager
-def service(run: str, *flags: str) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jobs.serve", f"--run={run}", f"--port={port}", *flags]
-    command += ["--max-len=1024", "--dtype=float32"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            sys.stderr.write(line.decode())
-            if line.startswith(b"ready"):
-                break
-        else:
-            raise SystemExit("the service did not start")
-        yield Server(process, f"http://127.0.0.1:{port}")
-        process.send_signal(signal.SIGINT)
-        process.wait(120)
-    finally:
-        process.kill()
+    specials = tokenizer_of(run).special_tokens.values()
+    _FORBIDDEN.update({str(token): -100.0 for token in specials})
 
 
 def question(index: int, max_tokens: int = NUM_TOKENS, **changes: Any) -> dict[str, Any]:
@@ -300,11 +226,13 @@ async def bench_first_token(
     }
 
 
-async def bench_second_turn(server: Server, rounds: int) -> dict[str, float]:
+async def bench_second_turn(server: Server, rounds: int, run: str) -> dict[str, float]:
     cold, warm = [], []
+    sentence = "the river runs past the old mill and the garden. "
+    length = len(tokenizer_of(run).encode(sentence))
     async with server.client() as http:
         for r in range(2 * rounds):
-            said = f"{r} " + "the river runs past the old mill and the garden. " * 12
+            said = f"{r} " + sentence * (LONG_TURN_TOKENS // length)
             messages = [{"role": "user", "content": said}]
             first, _, text = await ask(http, question(r, 16, messages=messages), f"s{r}")
             messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "?"}]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from nanoray.config import RECIPES, PretrainConfig
 from nanoray.data.plan import Layout, layout
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT
-from nanoray.optim.buckets import Bucket, MuonKernels, Ranks, ShardedBucket
+from nanoray.optim.buckets import Bucket, MuonBucket, MuonKernels, Ranks, ShardedBucket
 from nanoray.optim.groups import build_groups
 from nanoray.optim.layout import build_buckets
-from nanoray.optim.muon import MUON_FORMS
+from nanoray.optim.muon import MUON_FORMS, POLAR_EXPRESS_COEFFICIENTS
 from nanoray.train.plan import model_config
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -35,10 +35,26 @@ DEPTHS, WORLD_SIZES = (12, 20, 32), (8, 64, 512)
 VOCAB_SIZE = 32768
 GPUS_PER_NODE = 8
 
-# Assumed of the machines: H100 at 40 % of its bf16 peak; what a GPU sends within a node, and over
-# its share of the network; what a node writes to an object store.
-GPU_FLOPS = 0.4 * 989e12
-NODE_BYTES_PER_S, NETWORK_BYTES_PER_S = 300e9, 40e9
+
+@dataclass(frozen=True)
+class Machine:
+    """What one worker's share of a machine does in a second.
+
+    Attributes:
+        flops: of forward and backward, as `GPTConfig.flops_per_token` counts them.
+        muon_flops: of Muon's products of matrices.
+        sent_bytes: what it sends in a collective.
+    """
+
+    flops: float
+    muon_flops: float
+    sent_bytes: float
+
+
+# Assumed: H100 at 40 % of its bf16 peak; what a GPU sends within a node, and over its share of the
+# network; what a node writes to an object store.
+GPU_IN_NODE = Machine(0.4 * 989e12, 0.4 * 989e12, 300e9)
+GPU_IN_NETWORK = replace(GPU_IN_NODE, sent_bytes=40e9)
 STORE_BYTES_PER_S = 1e9
 # Measured here (bench/RESULTS.md; what a block costs Ray Data: nanoray/data/plan.py).
 PACKED_IDS_PER_CORE_S = 4.1e6
@@ -76,6 +92,17 @@ def step_payload_bytes(buckets: Sequence[Bucket]) -> tuple[int, int, int]:
     )
 
 
+def muon_flops(buckets: Sequence[Bucket]) -> float:
+    """Of the products in `polar_express`, for the matrices that these buckets' rank owns."""
+    flops = 0
+    for bucket in buckets:
+        if isinstance(bucket, MuonBucket):
+            short, long = sorted(bucket.param_buffer.shape[1:])
+            owned = bucket.owned.stop - bucket.owned.start
+            flops += owned * (4 * short**2 * long + 2 * short**3)
+    return len(POLAR_EXPRESS_COEFFICIENTS) * flops
+
+
 def ring_bytes(payload: tuple[int, int, int], world_size: int) -> float:
     """What each worker of a ring sends for such a payload."""
     scattered, gathered, reduced = payload
@@ -101,23 +128,36 @@ class Dial:
             ratio=RECIPES[flags.recipe]["target_param_data_ratio"],
             weight_decay=0.0,
         )
+        return cls.of(model, scaled.batch_tokens // model.sequence_len)
+
+    @classmethod
+    def of(cls, model: GPTConfig, rows_per_step: int) -> Dial:
+        """A model and batch of one's own."""
         alone = buckets_of(model, 1, torch.bfloat16)
         states = sum(shard.tensor.nbytes for bucket in alone for shard in bucket.states())
         weights = sum(member.param.nbytes for bucket in alone for member in bucket.members)
-        rows = scaled.batch_tokens // model.sequence_len
-        return cls(model, rows, states + weights, sum(step_payload_bytes(alone)[:2]))
+        return cls(model, rows_per_step, states + weights, sum(step_payload_bytes(alone)[:2]))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One model on so many GPUs, each a worker; seconds and bytes are of one step."""
+    """One model on so many workers; seconds and bytes are of one step."""
 
     dial: Dial
     world_size: int
+    machine: Machine
+
+    @classmethod
+    def on_gpus(cls, dial: Dial, world_size: int) -> Estimate:
+        return cls(dial, world_size, GPU_IN_NODE if world_size <= GPUS_PER_NODE else GPU_IN_NETWORK)
+
+    @cached_property
+    def _buckets(self) -> list[Bucket]:
+        return buckets_of(self.dial.model, self.world_size, torch.bfloat16)
 
     @cached_property
     def payload(self) -> tuple[int, int, int]:
-        return step_payload_bytes(buckets_of(self.dial.model, self.world_size, torch.bfloat16))
+        return step_payload_bytes(self._buckets)
 
     @property
     def sent_bytes(self) -> float:
@@ -138,17 +178,21 @@ class Estimate:
         """Of the worker with the most stripes."""
         rows = -(-self._layout.stripes // self.world_size) * self._layout.stripe_rows
         tokens = rows * self.dial.model.sequence_len
-        return tokens * self.dial.model.flops_per_token() / GPU_FLOPS
+        return tokens * self.dial.model.flops_per_token() / self.machine.flops
+
+    @property
+    def optimizer_s(self) -> float:
+        """Muon's products, of the first worker; nobody has more."""
+        return muon_flops(self._buckets) / self.machine.muon_flops
 
     @property
     def communication_s(self) -> float:
-        within = self.world_size <= GPUS_PER_NODE
-        return self.sent_bytes / (NODE_BYTES_PER_S if within else NETWORK_BYTES_PER_S)
+        return self.sent_bytes / self.machine.sent_bytes
 
     @property
     def step_s(self) -> float:
         """As if nothing of the communication hid behind the computing: the worst case."""
-        return self.compute_s + self.communication_s
+        return self.compute_s + self.optimizer_s + self.communication_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -156,9 +200,9 @@ class Estimate:
 
     @property
     def efficiency(self) -> float:
-        """Against all GPUs computing all the time."""
+        """Against all workers computing the model all the time."""
         useful = self.tokens_per_s * self.dial.model.flops_per_token()
-        return useful / (self.world_size * GPU_FLOPS)
+        return useful / (self.world_size * self.machine.flops)
 
     @property
     def packing_cores(self) -> float:
@@ -195,12 +239,15 @@ class Estimate:
 def tables() -> str:
     """The document's tables, in Markdown."""
     dials = {depth: Dial.at(depth) for depth in DEPTHS}
-    rows = [(depth, Estimate(dials[depth], size)) for depth in DEPTHS for size in WORLD_SIZES]
+    rows = [
+        (depth, Estimate.on_gpus(dials[depth], size)) for depth in DEPTHS for size in WORLD_SIZES
+    ]
     step = _table(
-        "model|GPUs|with work|sent a GPU|padding|compute|communication|tokens/s|efficiency",
+        "model|GPUs|with work|sent a GPU|padding|compute|Muon|communication|tokens/s|efficiency",
         [
             f"d{depth}|{e.world_size}|{e.busy_workers}|{e.sent_bytes / 1e9:.2f} GB|"
-            f"{e.padding:.2f}×|{e.compute_s * 1e3:,.0f} ms|{e.communication_s * 1e3:,.0f} ms|"
+            f"{e.padding:.2f}×|{e.compute_s * 1e3:,.0f} ms|{e.optimizer_s * 1e3:,.0f} ms|"
+            f"{e.communication_s * 1e3:,.0f} ms|"
             f"{e.tokens_per_s / 1e6:.2f} M|{e.efficiency:.0%}"
             for depth, e in rows
         ],

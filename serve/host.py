@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import threading
 import time
@@ -129,6 +130,10 @@ class Host:
             gone = [m.engine for name, m in self._served.items() if name not in _names(planned)]
             self._served = {change.choice.name: change.result for change in planned}
             self._shapes = {change.choice.name: change.shape for change in planned}
+        # What is there by now stays. Looking through it for garbage would stop all streams for
+        # 150 ms again and again.
+        gc.collect()
+        gc.freeze()
         for engine in [*gone, *filter(None, replaced)]:
             self._drain(engine)
 

@@ -104,8 +104,8 @@ def test_padding_grows_with_the_workers_and_a_single_one_sends_nothing(
     scaling: ModuleType,
 ) -> None:
     dial = scaling.Dial.at(4)
-    padding = [scaling.Estimate(dial, size).padding for size in (1, 2, 8, 64)]
+    padding = [scaling.Estimate.on_gpus(dial, size).padding for size in (1, 2, 8, 64)]
     assert padding[0] == 1
     assert padding == sorted(padding)
-    assert scaling.Estimate(dial, 1).communication_s == 0
-    assert scaling.Estimate(dial, 10_000).busy_workers <= dial.rows_per_step
+    assert scaling.Estimate.on_gpus(dial, 1).communication_s == 0
+    assert scaling.Estimate.on_gpus(dial, 10_000).busy_workers <= dial.rows_per_step

@@ -46,16 +46,24 @@ class KVCache:
         self.layers = [
             _zeros(shape, model.compute_dtype, model.device) for _ in range(config.n_layer)
         ]
+        self._reach = [0] * num_slots  # up to it a slot may hold something else than zeros
+
+    def written(self, slot: int, end: int) -> None:
+        """To be told of what is written into `layers`, up to position `end`."""
+        self._reach[slot] = max(self._reach[slot], end)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the first `length` positions of slot `source`."""
+        self.written(target, length)
         for cached in self.layers:
             cached[target, ..., :length, :] = cached[source, ..., :length, :]
 
     def clear(self, slot: int | None = None) -> None:
         """Zero a slot, or all: after NaNs, which even masked positions would hand on."""
-        for cached in self.layers:
-            (cached if slot is None else cached[slot]).zero_()
+        for index in range(self.num_slots) if slot is None else (slot,):
+            for cached in self.layers:
+                cached[index, ..., : self._reach[index], :].zero_()
+            self._reach[index] = 0
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -112,21 +120,24 @@ class CachedModel:
         self._turn_T1d = torch.complex(model.cos.float(), -model.sin.float())
         self._unit = Unit(model.config.n_embd, self.device)
         self._unit_head = Unit(model.config.head_dim, self.device)
-        self.load_weights(model.state_dict())
+        state_dict = model.state_dict()
+        self._shapes = {name: tensor.shape for name, tensor in state_dict.items()}
+        self._weights = self._read(state_dict, None)
 
-    @torch.inference_mode()
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take other weights (a GPT's state_dict, any dtype and device) of the same shape.
 
         Raises NanorayError, and keeps the old weights, when names or shapes do not fit.
         """
         self._check(state_dict)
+        self._weights = self._read(state_dict, self._weights)
 
-        self._weights = Weights(self.config, state_dict, self.device, self.compute_dtype)
+    @torch.inference_mode()
+    def _read(self, state_dict: Mapping[str, Tensor], before: Weights | None) -> Weights:
+        return Weights(self.config, state_dict, self.device, self.compute_dtype, before)
 
     def _check(self, state_dict: Mapping[str, Tensor]) -> None:
-        with torch.device("meta"):
-            wanted = {name: t.shape for name, t in GPT(self.config).state_dict().items()}
+        wanted = self._shapes
         given = {name: t.shape for name, t in state_dict.items()}
         wrong = sorted(
             name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)
@@ -175,6 +186,8 @@ class CachedModel:
             for window in {layer.window for layer in weights.layers}
         }
         turn_BT1d = self._turn_T1d[positions_BT]
+        for slot, end in zip(slots_B, ends_B):
+            cache.written(slot, end)
 
         table_BTC, x0_BTD = self._embed(tokens_BT, previous_B)
         x0_LBTD = weights.x0_lambdas_L111 * x0_BTD

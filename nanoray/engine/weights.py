@@ -110,7 +110,10 @@ class Weights:
         state_dict: Mapping[str, Tensor],
         device: torch.device,
         dtype: torch.dtype,
+        before: Weights | None = None,
     ) -> None:
+        """`before`, of the same config, device and dtype, gives its table's memory away."""
+
         # Copies in any case: the trainer may change its own tensors while we sample.
         def weight(name: str, factor: float = 1.0) -> Tensor:
             tensor = state_dict[name].detach()
@@ -154,7 +157,10 @@ class Weights:
         if arch.smear_channels:
             gate_V1 = F.linear(columns[0][:, : arch.smear_channels], weight("smear_gate.weight"))
             columns.append(weight("smear_lambda") * gate_V1.sigmoid())
-        self.table_VC = F.pad(torch.cat(columns, dim=1)[: config.vocab_size], (0, 0, 0, 1))
+        # The largest tensor by far: finding it new memory takes longer than filling it.
+        shape = (config.vocab_size + 1, sum(column.size(1) for column in columns))
+        self.table_VC: Tensor = before.table_VC if before else columns[0].new_zeros(shape)
+        torch.cat([c[: config.vocab_size] for c in columns], dim=1, out=self.table_VC[:-1])
 
 
 def pairs_together(weight_OI: Tensor, head_dim: int) -> Tensor:
