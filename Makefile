@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast lint soak bench clean
+.PHONY: demo test fast lint soak chaos bench clean
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -32,6 +32,10 @@ lint: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak --timeout 3600
+
+# Twenty runs of the whole pipeline on a local cluster, in each stage of which something is killed.
+chaos: .venv/installed
+	$(BIN)/python cluster/chaos.py --runs 20 --seed 0
 
 # NANOCHAT=DIR, a checkout of the peer, adds the comparisons with it; BUNDLE=DIR, the folder of the
 # CORE eval bundle, the one on CORE. (bench/sft.py --data DIR measures on real conversations, too.)

@@ -3,7 +3,7 @@
     python cluster/local.py up              # a head, a trainer, a data and a rollout node
     eval "$(python cluster/local.py env)"   # for `ray job submit` and the jobs in this shell
     python cluster/local.py status
-    python cluster/local.py kill trainer    # SIGKILL one node's raylet, as a lost machine
+    python cluster/local.py kill trainer    # SIGKILL all of a node, as a lost machine
     python cluster/local.py add trainer
     python cluster/local.py down            # ends what `up` and `add` started, nothing else
 
@@ -11,6 +11,9 @@ Every node has a loopback address of its own (Linux). Ray opens the ports betwee
 interfaces even so; they answer only those who have the token that lies, readable by its owner
 alone, in the cluster's folder (numbers for Prometheus need none). What `up` finds in the
 environment (NANORAY_HOME, credentials of a store) is what the jobs see, as with an image.
+
+With `up --redis` the head keeps what it knows in a Redis: after `kill head`, `add head` brings it
+back at the same address, and the other nodes, which have waited, go on with it.
 """
 
 from __future__ import annotations
@@ -21,9 +24,6 @@ import os
 import secrets
 import shlex
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,11 +32,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+import head_store
+import processes
 import requests
+from processes import Process
 
 UP_DEADLINE_S = 90.0
-STOP_DEADLINE_S = 20.0
+# What KubeRay gives its workers, too; Ray's own default is 60 s.
+WAIT_FOR_HEAD_S = 600
 _LONGEST_DIR = 32  # characters: with what Ray puts behind it, a socket's path has at most 107
 
 
@@ -62,25 +65,6 @@ ROLES = {
 }
 
 
-@dataclass(frozen=True)
-class Node:
-    """A ``ray start --block`` process; its pid means it only with its time of start."""
-
-    name: str
-    role: str
-    pid: int
-    started: float
-
-    def process(self) -> psutil.Process | None:
-        """The process, or None if it is over."""
-        try:
-            process = psutil.Process(self.pid)
-            alive = process.create_time() == self.started
-            return process if alive and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
-
-
 class LocalCluster:
     """A cluster and its folder, which holds its token, ports, processes and Ray's logs.
 
@@ -102,22 +86,34 @@ class LocalCluster:
         self._token_file = folder / "token"
         self.address = ""
         self.dashboard = ""
-        self.nodes: list[Node] = []
+        self.nodes: list[Process] = []
+        self.redis_port = 0  # none: nothing outlives the head
+        self.redis: Process | None = None
         if self._state_file.exists():
             state = json.loads(self._state_file.read_text())
             self.address, self.dashboard = state["address"], state["dashboard"]
-            self.nodes = [Node(**node) for node in state["nodes"]]
+            self.nodes = [Process(**node) for node in state["nodes"]]
+            self.redis_port = state["redis_port"]
+            self.redis = Process(**state["redis"]) if state["redis"] else None
 
-    def up(self, roles: Sequence[str]) -> None:
+    def up(self, roles: Sequence[str], redis: bool = False) -> None:
         """Start a head and a node for each of ``roles``; returns when all of them have joined.
 
+        Args:
+            redis: keep what the head knows in a Redis, so that it can come back.
+
         Raises:
-            ClusterError: it is up already, or a node did not come up (what has started stays,
-                for its logs and for `down`).
+            ClusterError: it is up already, a program is missing, or a node did not come up (what
+                has started stays, for its logs and for `down`).
         """
-        if any(node.process() for node in self.nodes):
+        if self.is_up():
             raise ClusterError(
                 f"a cluster is up in {self.folder}; `down` ends it, `add` makes it larger"
+            )
+        if redis and (program := head_store.missing_program()):
+            raise ClusterError(
+                f"--redis needs the program {program}, which is not on the PATH; install it "
+                f"(Debian: `apt-get install {program}`) or leave --redis out"
             )
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if self.folder.stat().st_uid != os.getuid():
@@ -127,39 +123,54 @@ class LocalCluster:
         with open(os.open(self._token_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as f:
             f.write(secrets.token_hex(32))
         self.nodes = []
-        self.address = f"{_host(0)}:{_free_port(_host(0))}"
-        self.dashboard = f"http://{_host(0)}:{_free_port(_host(0))}"
+        self.address = f"{_host(0)}:{processes.free_port(_host(0))}"
+        self.dashboard = f"http://{_host(0)}:{processes.free_port(_host(0))}"
+        self.redis, self.redis_port = None, 0
+        if redis:
+            self.redis_port = processes.free_port(_host(0))
+            head_store.prepare(self._redis_folder, _host(0), self.redis_port)
         self.add("head")  # nodes that come before it answers give up
         self.add(*roles)
 
     def add(self, *roles: str) -> None:
-        """Start a node for each of ``roles`` and wait until all have joined."""
+        """Start a node for each of ``roles`` and wait until all have joined.
+
+        Raises:
+            ClusterError: a node did not come up, or it is a head that cannot come back.
+        """
+        if not self.address:
+            raise ClusterError(f"no cluster is up in {self.folder}; `up` starts one")
+        if "head" in roles:
+            self._check_that_a_head_is_missing()
+            self._start_redis()
         for node in [self._start(role) for role in roles]:
             self._wait_for(node)
 
     def kill(self, name: str) -> None:
-        """SIGKILL the raylet of a node: what losing a machine looks like to the others.
+        """SIGKILL all of a node: what losing a machine looks like to the others.
 
         Args:
             name: of a node (``trainer-1``) or a role, whose first living node is taken.
         """
         for node in self.nodes:
-            process = node.process()
+            process = node.found()
             if process and name in (node.name, node.role):
-                for child in process.children():
-                    if child.name() == "raylet":
-                        child.kill()
-                _end([process])
+                processes.lose(process)
                 return
         raise ClusterError(f"no node {name} is alive; `status` lists them")
 
     def down(self) -> None:
-        """End all nodes, the head last, and remove the folder; nothing happens if there is none."""
-        nodes = [process for node in self.nodes if (process := node.process())]
-        _end(nodes[1:])
-        _end(nodes[:1])
+        """End all nodes, then the head, then Redis, and remove the folder, if there is one."""
+        heads = [node for node in self.nodes if node.role == "head"]
+        others = [node for node in self.nodes if node.role != "head"]
+        for group in (others, heads, [self.redis] if self.redis else []):
+            processes.end([process for node in group if (process := node.found())])
         if self._state_file.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def is_up(self) -> bool:
+        """Whether anything of it runs."""
+        return any(one.found() for one in (*self.nodes, self.redis) if one)
 
     def alive(self) -> set[str]:
         """Names of the nodes that the head takes for alive; empty while it does not answer."""
@@ -186,9 +197,38 @@ class LocalCluster:
             "RAY_AUTH_TOKEN_PATH": str(self._token_file),
         }
 
-    def _start(self, role: str) -> Node:
+    def _check_that_a_head_is_missing(self) -> None:
+        heads = [node for node in self.nodes if node.role == "head"]
+        if any(head.found() for head in heads):
+            raise ClusterError("the head is alive, and a cluster has one; `kill head` ends it")
+        if heads and not self.redis_port:
+            raise ClusterError(
+                "what the head knew died with it, as this cluster has no Redis; `down`, then "
+                "`up --redis` starts one whose head can come back"
+            )
+
+    @property
+    def _redis_folder(self) -> Path:
+        return self.folder / "redis"
+
+    def _start_redis(self) -> None:
+        """Start this cluster's Redis unless it runs or there is none; its data are in its files."""
+        if not self.redis_port or (self.redis and self.redis.found()):
+            return
+        command = head_store.command(self._redis_folder)
+        log = self.folder / "redis.log"
+        self.redis = processes.start("redis", "redis", command, os.environ, log)
+        self._save()
+        deadline = time.monotonic() + UP_DEADLINE_S
+        while not processes.listens(_host(0), self.redis_port):
+            if self.redis.found() is None or time.monotonic() > deadline:
+                raise ClusterError(f"Redis did not start; {self.folder}/redis.log says why")
+            time.sleep(0.05)
+
+    def _start(self, role: str) -> Process:
         number = sum(node.role == role for node in self.nodes) + 1
-        name, host = f"{role}-{number}", _host(len(self.nodes))
+        # A head that comes back does so at the address where the others wait for it.
+        name, host = f"{role}-{number}", _host(0 if role == "head" else len(self.nodes))
         offer = ROLES[role]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
                    "--disable-usage-stats", f"--node-ip-address={host}",
@@ -199,30 +239,29 @@ class LocalCluster:
                    # their own, remove each other's copies of a job's working dir.
                    "--min-worker-port=0", "--max-worker-port=0",
                    f"--temp-dir={self.folder / name}",
-                   f"--dashboard-agent-listen-port={_free_port(host)}"]  # fmt: skip
+                   f"--dashboard-agent-listen-port={processes.free_port(host)}"]  # fmt: skip
         if role == "head":
             command += ["--head", f"--port={_port(self.address)}", f"--dashboard-host={host}",
                         f"--dashboard-port={_port(self.dashboard)}",
-                        f"--ray-client-server-port={_free_port(host)}"]  # fmt: skip
+                        f"--ray-client-server-port={processes.free_port(host)}"]  # fmt: skip
         else:
             command += [f"--address={self.address}", "--include-log-monitor=false"]
-        with open(self.folder / f"{name}.log", "ab") as log:
-            child = subprocess.Popen(
-                command,
-                env=self._node_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # ctrl-C in this terminal is not for the cluster
-            )
-        node = Node(name, role, child.pid, psutil.Process(child.pid).create_time())
+        log = self.folder / f"{name}.log"
+        node = processes.start(name, role, command, self._node_environment(role), log)
         self.nodes.append(node)
         self._save()
         return node
 
-    def _node_environment(self) -> dict[str, str]:
+    def _node_environment(self, role: str) -> dict[str, str]:
         own = {k: v for k, v in os.environ.items() if k not in self.environment()}
-        own.pop("RAY_AUTH_TOKEN", None)  # another cluster's, which would go before ours
+        # Another cluster's token would go before ours, and its Redis is not ours to write.
+        others = [name for name in own if name.startswith(("RAY_AUTH_TOKEN", "RAY_REDIS_"))]
+        for name in others:
+            del own[name]
+        if self.redis_port:
+            own["RAY_gcs_rpc_server_reconnect_timeout_s"] = str(WAIT_FOR_HEAD_S)
+            if role == "head":
+                own |= head_store.head_environment(self._redis_folder, _host(0), self.redis_port)
         return own | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self._token_file),
@@ -235,16 +274,22 @@ class LocalCluster:
         }
 
     def _save(self) -> None:
-        state = {"address": self.address, "dashboard": self.dashboard}
+        state = {
+            "address": self.address,
+            "dashboard": self.dashboard,
+            "nodes": [asdict(node) for node in self.nodes],
+            "redis_port": self.redis_port,
+            "redis": asdict(self.redis) if self.redis else None,
+        }
         aside = self._state_file.with_suffix(".tmp")
-        aside.write_text(json.dumps(state | {"nodes": [asdict(n) for n in self.nodes]}, indent=1))
+        aside.write_text(json.dumps(state, indent=1))
         aside.replace(self._state_file)
 
-    def _wait_for(self, node: Node) -> None:
+    def _wait_for(self, node: Process) -> None:
         deadline = time.monotonic() + UP_DEADLINE_S
         while node.name not in self.alive():
-            if node.process() is None or time.monotonic() > deadline:
-                how = "ended at once" if node.process() is None else "did not join in time"
+            if node.found() is None or time.monotonic() > deadline:
+                how = "ended at once" if node.found() is None else "did not join in time"
                 raise ClusterError(
                     f"node {node.name} {how}; the logs in {self.folder}/{node.name}* say why, "
                     f"`down` ends what has started"
@@ -252,28 +297,9 @@ class LocalCluster:
             time.sleep(0.25)
 
 
-def _end(processes: Sequence[psutil.Process]) -> None:
-    """SIGTERM, then SIGKILL to what is left of the processes and of all they had started."""
-    family = list(processes)
-    for process in processes:
-        family += process.children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-    _gone, left = psutil.wait_procs(family, timeout=STOP_DEADLINE_S)
-    for process in left:
-        process.kill()  # psutil checks that the pid still means the same process
-    psutil.wait_procs(left, timeout=STOP_DEADLINE_S)
-
-
 def _host(number: int) -> str:
     """Loopback addresses from 127.0.0.2 on: what is on 127.0.0.1 Ray moves to the network's."""
     return f"127.0.0.{number + 2}"
-
-
-def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _port(address: str) -> str:
@@ -281,7 +307,7 @@ def _port(address: str) -> str:
 
 
 def _print_status(cluster: LocalCluster) -> None:
-    if not any(node.process() for node in cluster.nodes):
+    if not cluster.is_up():
         print(f"no cluster is up in {cluster.folder}")
         return
     joined = cluster.alive()
@@ -290,9 +316,11 @@ def _print_status(cluster: LocalCluster) -> None:
         state = "alive" if node.name in joined else "starting or lost"
         offer = ROLES[node.role]
         print(
-            f"  {node.name:<10} pid {node.pid:<8} {state if node.process() else 'dead':<16} "
+            f"  {node.name:<10} pid {node.pid:<8} {state if node.found() else 'dead':<16} "
             f"{offer.cpus} CPUs, {offer.memory_bytes / 2**30:g} GiB"
         )
+    if redis := cluster.redis:
+        print(f"  {redis.name:<10} pid {redis.pid:<8} {'alive' if redis.found() else 'dead'}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -308,16 +336,19 @@ def main(argv: Sequence[str]) -> int:
     workers = [role for role in ROLES if role != "head"]
     for role in workers:
         up.add_argument(f"--{role}", type=int, default=1, metavar="N", help=f"{role} nodes (1)")
+    up.add_argument("--redis", action="store_true", help="keep what the head knows, see above")
     commands.add_parser("down", help="end it")
     commands.add_parser("status", help="its nodes")
     commands.add_parser("env", help="shell lines for its clients")
-    commands.add_parser("add", help="one more node").add_argument("role", choices=workers)
+    add = commands.add_parser("add", help="one more node, or the lost head")
+    add.add_argument("role", choices=list(ROLES))
     commands.add_parser("kill", help="lose a node").add_argument("node")
     args = parser.parse_args(argv)
     try:
         cluster = LocalCluster(args.dir.absolute())
         if args.command == "up":
-            cluster.up([role for role in workers for _ in range(getattr(args, role))])
+            roles = [role for role in workers for _ in range(getattr(args, role))]
+            cluster.up(roles, redis=args.redis)
         elif args.command == "down":
             cluster.down()
             return 0

@@ -107,12 +107,19 @@ def _train(plan: Plan, config: TrainConfig, room: str) -> int:
         imports = threading.Thread(target=importlib.import_module, args=(glue_module,))
         imports.start()
         fleet.connect(dashboard=config.dashboard)
-        imports.join()
-        glue: Glue = importlib.import_module(glue_module)
-        plan = _preflight(plan, room)
-        record_config(plan)
-        with ProgressPrinter(plan.num_iterations) as printer:
-            summary = glue.fit(plan, lease, printer)
+        with fleet.turn() as give_turn_back:
+            plan = _preflight(plan, room)
+            imports.join()
+            glue: Glue = importlib.import_module(glue_module)
+            record_config(plan)
+            with ProgressPrinter(plan.num_iterations) as printer:
+
+                def watch(record: dict[str, Any]) -> None:
+                    if "workers" in record:  # they have what they need
+                        give_turn_back()
+                    printer(record)
+
+                summary = glue.fit(plan, lease, watch)
     except LeaseLostError:
         raise  # the run is another's: its folder is not ours to write
     except NanorayError as error:

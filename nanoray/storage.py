@@ -22,6 +22,7 @@ from nanoray.errors import NanorayError
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_PASSWORD = re.compile(_SCHEME.pattern + r"[^/@]*:[^/@]*@")
 # What fsspec's stores call an ETag or a modification time, the surest first.
 _VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 
@@ -32,8 +33,19 @@ def home() -> str:
 
 
 def normalize(uri: str | os.PathLike[str]) -> str:
-    """An absolute path without ``~``, or the URI without a trailing slash."""
+    """An absolute path without ``~``, or the URI without a trailing slash.
+
+    Raises:
+        NanorayError: the URI names nothing, or holds a password.
+    """
     text = str(uri)
+    if _PASSWORD.match(text):  # it would come to stand in config.json, checkpoints and messages
+        store = text.split("://", 1)[0]
+        raise NanorayError(
+            f"a storage URI must hold no password, as URIs are written down and shown, and this "
+            f"{store}:// one does; give credentials by the environment (AWS_SECRET_ACCESS_KEY, or "
+            f"fsspec's FSSPEC_{store.upper()}_PASSWORD)"
+        )
     if text.startswith("file://"):
         text = text[len("file://") :]
     if scheme := _SCHEME.match(text):

@@ -40,7 +40,7 @@ class FakeActor:
 
     async def ready(self) -> Mapping[str, Any]:
         await self._unless_killed(self.world.start(self))
-        return {"pid": 1000 + self.number}
+        return {"pid": 1000 + self.number, "node": f"node-{self.number}"}
 
     async def load(self, weights: Weights) -> None:
         await self._unless_killed(self.world.before_load(self))

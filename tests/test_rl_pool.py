@@ -317,6 +317,21 @@ def test_a_full_disk_is_told_once_and_the_books_go_on(
     assert status["error"] == "the rollout pool is closed"
 
 
+def test_notices_that_nodes_are_given_are_heeded(hasty: None, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        world, over = World(low=2), asyncio.Event()
+        books = keep_books(world.supervisor, str(tmp_path), over, leaving_nodes=lambda: {"node-1"})
+        keeper = asyncio.create_task(books)
+        await world.supervisor.begin("a", 0, None)
+        while [seat["id"] for seat in world.supervisor.status()["actors"]] != [0, 2]:
+            await asyncio.sleep(0.01)
+        await world.supervisor.close()
+        over.set()
+        await keeper
+
+    run(scenario())
+
+
 def test_a_slow_write_does_not_come_after_the_last_status(
     hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

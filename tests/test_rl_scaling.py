@@ -38,6 +38,46 @@ def test_one_three_one_and_a_new_actor_begins_with_the_newest_weights() -> None:
     run(scenario())
 
 
+def test_an_actor_whose_node_is_to_go_is_replaced_before_it_goes() -> None:
+    """It finishes its bundle, or, where its node goes first, that is sampled by another."""
+
+    async def scenario() -> None:
+        world = World(questions=6, low=2)
+        release = asyncio.Event()
+
+        async def held(actor: FakeActor, numbers: Sequence[int]) -> None:
+            if actor.number < 2:
+                await release.wait()
+
+        world.before_sample = held  # type: ignore[method-assign]
+        supervisor = world.supervisor
+        await supervisor.begin("a", 0, None)
+        await supervisor.publish("a", 0, None)
+        taken = asyncio.ensure_future(supervisor.take("a", 0))
+        await asyncio.sleep(0.01)
+        for _ in range(2):  # the second notice is the first one
+            supervisor.vacate({"node-0", "node-1", "node-7"})
+            await asyncio.sleep(0.01)
+        actors = supervisor.status()["actors"]
+        assert [(a["id"], a["state"], a["leaving"]) for a in actors] == [
+            *((0, "busy", True), (1, "busy", True)),
+            *((2, "idle", False), (3, "idle", False)),
+        ]
+        assert world.events.count("its node node-0 is to go") == 1
+        world.actors[0].kill()  # its node is gone
+        await asyncio.sleep(0.01)
+        release.set()
+        assert [group.number for group in (await taken).groups] == list(range(6))
+        await asyncio.sleep(0.01)
+        status = supervisor.status()
+        assert [actor["id"] for actor in status["actors"]] == [2, 3]
+        assert (status["counts"]["actors_lost"], status["counts"]["redispatched"]) == (1, 2)
+        assert [actor for actor, _, _ in world.asked if actor < 2] == [0, 1], "no more work"
+        await supervisor.close()
+
+    run(scenario())
+
+
 def test_an_actor_that_has_to_go_finishes_its_bundle() -> None:
     async def scenario() -> None:
         world = World(low=2)

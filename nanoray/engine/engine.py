@@ -168,7 +168,8 @@ class Engine:
         """As stream(), of several prompts: each time all deltas since the last time.
 
         Args:
-            coalesce_s: after text, what comes within this time (or until all ends) comes together.
+            coalesce_s: after text, what comes until the next multiple of it on the clock (or until
+                all ends) comes together.
         """
         requests = self._all_requests(prompts, params)
         for index, request in enumerate(requests):
@@ -298,7 +299,8 @@ class Engine:
                 still_open -= sum(delta.finish_reason is not None for delta in deltas)
                 yield deltas
                 if coalesce_s and any(delta.text for delta in deltas):
-                    await inbox.wait_for_all(coalesce_s)
+                    # To a tick that all streams share: the loop wakes once for all of them.
+                    await inbox.wait_for_all(coalesce_s - time.monotonic() % coalesce_s)
         finally:
             self._tell(lambda: self._abort(requests))
 

@@ -17,8 +17,16 @@ from nanoray.fleet.connect import (
     preflight,
     worker_environment,
 )
-from nanoray.fleet.placement import Role, count_places, label_selector, living_nodes, nodes_for
+from nanoray.fleet.placement import (
+    Role,
+    count_places,
+    draining_nodes,
+    label_selector,
+    living_nodes,
+    nodes_for,
+)
 from nanoray.fleet.pool import ActorPool
+from nanoray.fleet.turn import turn
 
 __all__ = [
     "ActorPool",
@@ -31,6 +39,7 @@ __all__ = [
     "check_roles",
     "connect",
     "count_places",
+    "draining_nodes",
     "gauge_name",
     "gauge_sink",
     "has_gpus",
@@ -42,5 +51,6 @@ __all__ = [
     "on_cluster",
     "preflight",
     "start_board",
+    "turn",
     "worker_environment",
 ]

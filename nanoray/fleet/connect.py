@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +22,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanoray import storage
 from nanoray.errors import NanorayError
-from nanoray.fleet.placement import ROLE_LABEL, Role, count_places, living_nodes, nodes_for
+from nanoray.fleet.placement import (
+    ROLE_LABEL,
+    Role,
+    count_places,
+    free_nodes,
+    label_selector,
+    living_nodes,
+    nodes_for,
+)
 
 CONNECT_DEADLINE_S = 5.0
 # A node may have to unpack the job and start its first worker; a shortfall is told before.
 PREFLIGHT_DEADLINE_S = 60.0
+# Tasks come and go, and what a job held that has just ended takes a moment to be free.
+ROOM_DEADLINE_S = 2.0
 # A local Ray gets more logical CPUs than there are cores: trainers sleep while they wait for data
 # and data tasks while they wait for room, and a trainer sets its own number of threads.
 EXTRA_LOGICAL_CPUS = 2
@@ -56,7 +67,7 @@ def connect(
     """Connect this process to Ray, once.
 
     Raises:
-        NanorayError: the cluster of ``RAY_ADDRESS`` does not answer.
+        NanorayError: the cluster of ``RAY_ADDRESS`` does not answer; or Ray does not start here.
     """
     if ray.is_initialized():
         return
@@ -90,14 +101,20 @@ def connect(
     # keep one idle worker instead of one a CPU, and do not watch for notices of preemption.
     os.environ.setdefault("RAY_num_workers_soft_limit", "1")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    ray.init(
-        address="local",
-        num_cpus=(os.cpu_count() or 1) + EXTRA_LOGICAL_CPUS,
-        include_dashboard=dashboard,
-        dashboard_host="127.0.0.1",
-        object_store_memory=local_object_store_bytes(),
-        **options,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=(os.cpu_count() or 1) + EXTRA_LOGICAL_CPUS,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            object_store_memory=local_object_store_bytes(),
+            **options,
+        )
+    except Exception as error:  # Ray's own, and without a type
+        raise NanorayError(
+            f"Ray did not start on this machine ({error}); it gives itself 30 s: run the command "
+            f"again when the machine has less to do"
+        ) from error
 
 
 def _check_reachable(address: str) -> None:
@@ -235,7 +252,8 @@ def check_places(needs: Needs, nodes: Sequence[dict[str, Any]], where: str = "th
 def preflight(needs: Needs) -> None:
     """Compare a plan with the connected cluster; refuse at once rather than wait for ever.
 
-    Where nodes have roles, those of the plan's are compared too.
+    Where nodes have roles, those of the plan's are compared too; on a cluster that others may
+    use, also what they leave (hold a `turn` meanwhile).
 
     Raises:
         NanorayError: what is missing, in one sentence.
@@ -243,8 +261,32 @@ def preflight(needs: Needs) -> None:
     nodes = living_nodes()
     check_resources(needs, _total(nodes), "the cluster")
     check_roles(needs, nodes)
+    if on_cluster():
+        _check_room(needs)
     if len(nodes) > 1 and needs.paths:
         _check_paths(needs.paths, nodes)
+
+
+def _check_room(needs: Needs) -> None:
+    """Raise NanorayError if others hold what the plan needs, and do not let go of it in time."""
+    # Memory is nothing that anybody holds, and a full object store spills.
+    needs = replace(needs, memory_bytes_per_worker=0, object_store_bytes=0)
+    if needs.others_role == "data" and label_selector("data"):
+        needs = replace(needs, other_cpus=0)  # all jobs' packing tasks take turns there
+    deadline = time.monotonic() + ROOM_DEADLINE_S
+    while True:
+        free = free_nodes()
+        try:
+            check_roles(needs, free)
+            check_resources(needs, _total(free), "the cluster")
+            return
+        except NanorayError as error:
+            if time.monotonic() > deadline:
+                raise NanorayError(
+                    f"other jobs are using the cluster, and what they leave is not enough: "
+                    f"{error}, or wait until one of them ends"
+                ) from error
+        time.sleep(0.1)
 
 
 def check_roles(needs: Needs, nodes: Sequence[dict[str, Any]]) -> None:

@@ -10,14 +10,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import ray
+from ray._private.state import available_resources_per_node, state
 
 ROLE_LABEL = "nanoray-role"
 Role = Literal["trainer", "data", "rollout"]
 
 
 def living_nodes() -> list[dict[str, Any]]:
-    """The connected cluster's nodes, as `ray.nodes` describes them."""
-    return [node for node in ray.nodes() if node["Alive"]]
+    """The connected cluster's nodes that take new work, as `ray.nodes` describes them."""
+    leaving = draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that are to go, such as spot machines that were given notice: Ray starts
+    nothing new on them.
+    """
+    # What Ray Train's own watcher asks; there is no public way (2.60).
+    return set(state.get_draining_nodes())
+
+
+def free_nodes() -> list[dict[str, Any]]:
+    """`living_nodes`, but with what nobody holds of each at this moment as its resources."""
+    free = available_resources_per_node()
+    return [{**node, "Resources": free.get(node["NodeID"], {})} for node in living_nodes()]
 
 
 def nodes_for(role: Role | None, nodes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -99,6 +99,16 @@ class Journal:
             share(window, "actors idle", "actors busy"),
         )
 
+    def outline(self, seats: Iterable[Seat], ledger: Ledger) -> str:
+        """How things are, for a message."""
+        states = Counter(seat.clock.state for seat in seats)
+        actors = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
+        last = f"; last event: {self.events[-1]['text']}" if self.events else ""
+        return (
+            f"groups: {ledger.num_done} done, {ledger.num_in_flight} in flight, "
+            f"{ledger.num_waiting} waiting; actors: {actors}{last}"
+        )
+
     def _totals(self, seats: Iterable[Seat]) -> dict[str, float]:
         """Seconds since the start by who and state, wall clock, and tokens."""
         now = time.monotonic()

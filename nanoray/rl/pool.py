@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,7 +58,7 @@ class _RolloutActor:
 
     def start(self) -> dict[str, Any]:  # not in __init__, whose errors arrive as a dead actor
         self._sampler = self._open()
-        return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()[:8]}
+        return {"pid": os.getpid(), "node": _short(ray.get_runtime_context().get_node_id())}
 
     def load(self, key: tuple[int, int], box: list[Any]) -> None:
         with self._loading:
@@ -137,7 +137,7 @@ class _PoolActor:
         self.supervisor = Supervisor(self._launch, self._rules, self._settings)
         self._over = asyncio.Event()
         sink = fleet.gauge_sink("rollouts", self._run_dir.rsplit("/", 1)[-1])
-        books = keep_books(self.supervisor, self._run_dir, self._over, sink)
+        books = keep_books(self.supervisor, self._run_dir, self._over, sink, _leaving_nodes)
         self._keeper = asyncio.create_task(books)
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -272,15 +272,25 @@ class PoolClient:
             ) from error
 
 
+def _leaving_nodes() -> set[str]:
+    return {_short(node_id) for node_id in fleet.draining_nodes()}
+
+
+def _short(node_id: str) -> str:
+    return node_id[:8]
+
+
 async def keep_books(
     supervisor: Supervisor,
     run_dir: str,
     over: asyncio.Event,
     sink: Sink = lambda _record: None,
+    leaving_nodes: Callable[[], Collection[str]] = tuple,
 ) -> None:
-    """Write the status, obey the scale file and the idle times, about once a second.
+    """Write the status, obey the scale file, the idle times and the notices that nodes are given,
+    about once a second.
 
-    ``sink`` gets the status's `pool_numbers`.
+    ``sink`` gets the status's `pool_numbers`; ``leaving_nodes`` tells which nodes are to go.
     Once ``over`` is set the status is written a last time: nobody else writes it, so that no
     older one can come after.
     """
@@ -295,6 +305,7 @@ async def keep_books(
             if before not in (None, version):  # what was there at the start is an old command
                 supervisor.resize(await asyncio.to_thread(read_scale, run_dir))
             supervisor.autoscale()
+            supervisor.vacate(await asyncio.to_thread(leaving_nodes))
             # Only this thread may look at the supervisor, which changes as it runs.
             status = supervisor.status()
             sink(pool_numbers(status))

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,9 +154,10 @@ class Supervisor:
             try:
                 await asyncio.wait_for(self._news.wait(), max(0.0, late_s - time.monotonic()))
             except TimeoutError as error:
+                outline = self.journal.outline(self._seats.values(), self._ledger)
                 raise NanorayError(
                     f"nothing was sampled for {patience_s:.0f} s, step {step} waits "
-                    f"({self._told()}); see that rollout actors can start, or raise "
+                    f"({outline}); see that rollout actors can start, or raise "
                     f"--rollout-deadline-s"
                 ) from error
         self._check(attempt)
@@ -214,6 +214,15 @@ class Supervisor:
         size = better_size(self._target, self._settings.low, self._settings.high, *shares)
         waited, idle = shares
         self._scale(size, f": the learner waited {waited:.0%} of the time, the actors {idle:.0%}")
+
+    def vacate(self, nodes: Collection[str]) -> None:
+        """Have others for the actors on these nodes (`Seat.who`), which may finish their bundle."""
+        for seat in list(self._seats.values()):
+            if seat.who.get("node") in nodes and not seat.leaving:
+                seat.leaving = True
+                self.journal.tell(f"{seat} is replaced: its node {seat.who['node']} is to go")
+                self._fill()
+                self._wake()
 
     def status(self) -> dict[str, Any]:
         """What everybody does now, as JSON."""
@@ -384,14 +393,3 @@ class Supervisor:
         """Something has changed: whoever waits looks again."""
         self._news.set()
         self._news = asyncio.Event()
-
-    def _told(self) -> str:
-        """How things are, for a message."""
-        ledger = self._ledger
-        states = Counter(seat.clock.state for seat in self._seats.values())
-        actors = ", ".join(f"{count} {state}" for state, count in states.items()) or "none"
-        last = f"; last event: {self.journal.events[-1]['text']}" if self.journal.events else ""
-        return (
-            f"groups: {ledger.num_done} done, {ledger.num_in_flight} in flight, "
-            f"{ledger.num_waiting} waiting; actors: {actors}{last}"
-        )
