@@ -25,7 +25,7 @@ connect = importlib.import_module("nanoray.fleet.connect")
 turns = importlib.import_module("nanoray.fleet.turn")
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[1]
-STEPS = 300
+STEPS = 100
 
 
 def node(name: str, role: str | None, cpus: float) -> dict[str, Any]:
