@@ -94,7 +94,7 @@ def test_a_run_goes_on_after_the_head_is_lost(
     assert cluster.nodes()["trainer-1"]["node_id"] == before["trainer-1"]["node_id"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_the_control_service_and_redis_are_killed(cluster: LocalCluster) -> None:
     """Ray ends the rest of a head that loses its control service; Redis has lost nothing."""
