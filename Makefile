@@ -40,7 +40,7 @@ chaos: .venv/installed
 # NANOCHAT=DIR, a checkout of the peer, adds the comparisons with it; BUNDLE=DIR, the folder of the
 # CORE eval bundle, the one on CORE. (bench/sft.py --data DIR measures on real conversations, too.)
 bench: .venv/installed
-	for name in loss_memory startup ray_overhead demo sft rollouts rl_learning serve; do $(BIN)/python bench/$$name.py || exit 1; done
+	for name in loss_memory startup ray_overhead demo sft rollouts rl_learning serve step_time; do $(BIN)/python bench/$$name.py || exit 1; done
 ifdef NANOCHAT
 	for name in packing train_step engine; do $(BIN)/python bench/$$name.py --nanochat $(NANOCHAT) || exit 1; done
 ifdef BUNDLE

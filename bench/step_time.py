@@ -128,7 +128,8 @@ def work(folder: str, size: int, rounds: int, rank: int) -> None:
 def gather(message: torch.Tensor, mine: torch.Tensor) -> None:
     import torch.distributed as dist
 
-    dist.all_gather_into_tensor(message, mine)
+    gathering = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gathering(message, mine)
 
 
 def make_step(size: int, rank: int) -> tuple[Callable[[], object], Callable[[], object], float]:
