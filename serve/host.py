@@ -130,10 +130,7 @@ class Host:
             gone = [m.engine for name, m in self._served.items() if name not in _names(planned)]
             self._served = {change.choice.name: change.result for change in planned}
             self._shapes = {change.choice.name: change.shape for change in planned}
-        # What is there by now stays. Looking through it for garbage would stop all streams for
-        # 150 ms again and again.
-        gc.collect()
-        gc.freeze()
+        _settle()
         for engine in [*gone, *filter(None, replaced)]:
             self._drain(engine)
 
@@ -172,6 +169,18 @@ class Host:
             time.sleep(_POLL_S)
         engine.close()
         self._draining.discard(engine)
+        del engine
+        _settle()
+
+
+def _settle() -> None:
+    """Take what is there for lasting: looking through it for garbage stops all streams for 150 ms.
+
+    What an earlier call took for lasting and nobody uses any more is let go.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 async def _check(served: ServedModel, deadline_s: float) -> None:
