@@ -36,8 +36,7 @@ import ray
 import torch
 
 from nanoray import fleet
-from nanoray.checkpoint import load_model
-from nanoray.checkpoint.loading import LoadedModel
+from nanoray.checkpoint.loading import LoadedModel, load_model
 from nanoray.engine import Engine, SamplingParams
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT
@@ -46,8 +45,9 @@ from nanoray.rl import flat
 from nanoray.rl.groups import Group, Sample
 from nanoray.rl.ledger import LedgerRules
 from nanoray.rl.pool import PoolClient, close_pool, start_pool
+from nanoray.rl.prompts import draw_seed, example_index
 from nanoray.rl.reward_worker import TaskReward
-from nanoray.rl.sampler import SamplerSettings, draw_seed, example_index
+from nanoray.rl.sampler import SamplerSettings
 from nanoray.rl.supervisor import PoolSettings
 from nanoray.tasks.catalog import Sources, load_task
 from nanoray.tools import calculate

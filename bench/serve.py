@@ -144,7 +144,7 @@ def bare_engine(run: str, rounds: int, nanochat: Path | None) -> dict[str, float
 def run_bare_engine(run: str, rounds: int, nanochat: str | None = None) -> None:
     import torch
 
-    from nanoray.checkpoint import load_model
+    from nanoray.checkpoint.loading import load_model
     from nanoray.engine import Engine, SamplingParams
 
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ def make_run(folder: str) -> str:
     """A random chat model of the demo's shape, as a run."""
     import torch
 
-    from nanoray.checkpoint import CheckpointWriter, Snapshot
+    from nanoray.checkpoint.writer import CheckpointWriter, Snapshot
     from nanoray.model.config import GPTConfig
     from nanoray.model.gpt import GPT
     from nanoray.tokenizer import ByteTokenizer

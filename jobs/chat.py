@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     config = ChatConfig.parse(argv, "python -m jobs.chat")
     # torch takes seconds to import, and --help does without it.
     from jobs.chat_session import ChatSession, Settings
-    from nanoray.checkpoint import load_model
+    from nanoray.checkpoint.loading import load_model
     from nanoray.engine import Engine
     from nanoray.tools.calculator import calculate
 

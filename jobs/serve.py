@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from nanoray.checkpoint import find_checkpoint, load_model
+from nanoray.checkpoint import find_checkpoint
 from nanoray.config import ChatServiceConfig, ModelChoice, ServeConfig, parse_worker_range, run_job
 from nanoray.errors import NanorayError
 
@@ -25,10 +26,13 @@ def main(argv: Sequence[str]) -> int:
     from serve.keys import read_api_keys
 
     open_to_all = not read_api_keys(config.api_keys_file)
-    _check_port(config.host, config.port)
+    if not os.environ.get("RAY_ADDRESS"):  # else it is a port of the cluster's nodes
+        _check_port(config.host, config.port)
     for model in models:
         print(f"model {model.name}: {model.run}, step {model.step}")
     if config.dry_run:
+        from nanoray.checkpoint.loading import load_model
+
         for model in models:
             load_model(model.run, model.step, dtype=config.dtype)
         print(f"dry run: all is fine; it would listen on {_address(config)}")
@@ -47,10 +51,8 @@ def serve(config: ServeConfig, models: tuple[ModelChoice, ...]) -> int:
 
     os.environ |= CALLBACK  # before Ray starts: its processes inherit it
     import ray
-    from ray import serve as ray_serve
 
     from nanoray import fleet
-    from serve.app import NAME
 
     if fleet.on_cluster() and os.environ.get("NANORAY_API_KEYS"):
         raise NanorayError(
@@ -61,17 +63,56 @@ def serve(config: ServeConfig, models: tuple[ModelChoice, ...]) -> int:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: _stop(stop))
     fleet.connect(dashboard=config.dashboard)
-    fleet.preflight(_needs(config, models))
     try:
-        _deploy(config, models)
-        print(f"ready: {_address(config)}  (Ctrl-C stops)", flush=True)
-        stop.wait()
-        print("finishing the answers under way (Ctrl-C again: not)", flush=True)
-        ray_serve.delete(NAME)  # shutdown() alone ends the proxy at once, and cuts every stream
-        ray_serve.shutdown()
+        _check_others(config)
+        fleet.preflight(_needs(config, models))
+        try:
+            _deploy(config, models)
+            print(f"ready: {_address(config)}  (Ctrl-C stops)", flush=True)
+            stop.wait()
+            print("finishing the answers under way (Ctrl-C again: not)", flush=True)
+        finally:
+            _end()
     finally:
         ray.shutdown()
     return 0
+
+
+def _check_others(config: ServeConfig) -> None:
+    """What the cluster serves already is not ours to change or to end.
+
+    Raises:
+        NanorayError: our application is among it, or Serve listens on another address.
+    """
+    from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client  # there is no public way (2.60)
+
+    from serve.app import NAME
+
+    if NAME in ray_serve.status().applications:
+        raise NanorayError(
+            f"this cluster serves an application {NAME} already; change it with `serve deploy`, or "
+            f"end it with `serve shutdown`"
+        )
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client and (client.http_config.host, client.http_config.port) != (config.host, config.port):
+        host, port = client.http_config.host, client.http_config.port
+        raise NanorayError(
+            f"Serve runs on this cluster already and listens on {host}:{port}; give --host {host} "
+            f"--port {port}, or end it with `serve shutdown`"
+        )
+
+
+def _end() -> None:
+    """End our application once it has answered, and Serve itself if it serves nothing else."""
+    from ray import serve as ray_serve
+
+    from serve.app import NAME
+
+    with contextlib.suppress(ray_serve.exceptions.RayServeException):  # Serve did not start
+        ray_serve.delete(NAME)  # shutdown() alone ends the proxy at once, and cuts every stream
+    if not ray_serve.status().applications:
+        ray_serve.shutdown()
 
 
 def _stop(stop: threading.Event) -> None:
@@ -147,6 +188,7 @@ def _pin(model: ModelChoice) -> ModelChoice:
 
 def export_tokenizer(models: Sequence[ModelChoice], folder: str) -> int:
     """Write the first model's tokenizer for those who read Hugging Face's form."""
+    from nanoray.checkpoint.loading import load_model
     from nanoray.tokenizer.export import export_hf
 
     loaded = load_model(models[0].run, models[0].step)

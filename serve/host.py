@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from nanoray.checkpoint import LoadedModel, find_checkpoint, load_model, step_dir
+from nanoray.checkpoint import find_checkpoint, step_dir
+from nanoray.checkpoint.loading import LoadedModel, load_model
 from nanoray.config.serve import ChatServiceConfig, ModelChoice
 from nanoray.engine import Engine, SamplingParams
 from nanoray.errors import NanorayError

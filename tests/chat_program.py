@@ -9,7 +9,7 @@ from engine_models import tiny
 
 import nanoray.checkpoint
 from jobs import chat, chat_session  # noqa: F401  (its imports take seconds)
-from nanoray.checkpoint import LoadedModel
+from nanoray.checkpoint.loading import LoadedModel
 from nanoray.config import run_job
 from nanoray.tokenizer import ByteTokenizer
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nanoray import storage
-from nanoray.checkpoint import Checkpoint, CheckpointWriter, Snapshot, open_latest, step_dir
+from nanoray.checkpoint import Checkpoint, open_latest, step_dir
+from nanoray.checkpoint.writer import CheckpointWriter, Snapshot
 from nanoray.optim.buckets import StateShard
 
 # (parameter, state) -> shape and dtype of the whole state. Names may hold what they like.

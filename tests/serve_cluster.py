@@ -129,6 +129,17 @@ class Cluster:
             return self._api("GET").status_code == 200
         return False
 
+    def job(self, *flags: str) -> subprocess.CompletedProcess[str]:
+        """``python -m jobs.serve`` in this cluster."""
+        return subprocess.run(
+            [sys.executable, "-m", "jobs.serve", *flags],
+            env=self._env | {"RAY_ADDRESS": f"127.0.0.1:{self._port}"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
     def replicas(self) -> list[int]:
         """The replicas' process ids."""
         processes = psutil.Process(self._head.pid).children(recursive=True)

@@ -8,7 +8,8 @@ import torch
 from engine_models import scripted
 
 from nanoray import storage
-from nanoray.checkpoint import CheckpointWriter, Snapshot, step_dir
+from nanoray.checkpoint import step_dir
+from nanoray.checkpoint.writer import CheckpointWriter, Snapshot
 from nanoray.model.gpt import GPT
 from nanoray.tokenizer import ByteTokenizer
 

@@ -30,7 +30,6 @@ from hypothesis import strategies as st
 from nanoray import storage
 from nanoray.checkpoint import (
     Checkpoint,
-    Snapshot,
     delete,
     delete_incomplete,
     list_steps,
@@ -38,6 +37,7 @@ from nanoray.checkpoint import (
     step_dir,
 )
 from nanoray.checkpoint import writer as writer_module
+from nanoray.checkpoint.writer import Snapshot
 from nanoray.errors import NanorayError
 from nanoray.optim.buckets import StateShard
 

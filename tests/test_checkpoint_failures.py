@@ -27,14 +27,9 @@ from checkpoints import (
 )
 
 from nanoray import storage
-from nanoray.checkpoint import (
-    Snapshot,
-    delete,
-    delete_incomplete,
-    list_steps,
-    open_latest,
-)
+from nanoray.checkpoint import delete, delete_incomplete, list_steps, open_latest
 from nanoray.checkpoint import writer as writer_module
+from nanoray.checkpoint.writer import Snapshot
 from nanoray.errors import NanorayError
 from nanoray.lease import LeaseLostError
 

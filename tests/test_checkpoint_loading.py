@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from nanoray import storage
-from nanoray.checkpoint import CheckpointWriter, Snapshot, delete, load_model, step_dir
+from nanoray.checkpoint import delete, step_dir
+from nanoray.checkpoint.loading import load_model
+from nanoray.checkpoint.writer import CheckpointWriter, Snapshot
 from nanoray.errors import NanorayError
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanoray.checkpoint import LoadedModel
+from nanoray.checkpoint.loading import LoadedModel
 from nanoray.engine import CachedModel, Completion, Engine
 from nanoray.errors import NanorayError
 from nanoray.evals.chat import (

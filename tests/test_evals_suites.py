@@ -11,7 +11,7 @@ import torch
 from engine_models import one_thread, tiny
 from pretrain_runs import run_plan, tiny_plan
 
-from nanoray.checkpoint import LoadedModel
+from nanoray.checkpoint.loading import LoadedModel
 from nanoray.errors import NanorayError
 from nanoray.evals.suites import BpbSuite, ModelSource, SampleSuite, Subject
 from nanoray.tokenizer import ByteTokenizer

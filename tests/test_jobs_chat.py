@@ -19,7 +19,7 @@ from engine_models import one_thread
 from pretrain_runs import run_plan, tiny_plan
 
 from jobs import chat as job
-from nanoray.checkpoint import LoadedModel, load_model
+from nanoray.checkpoint.loading import LoadedModel, load_model
 from nanoray.config import UsageError, run_job
 from nanoray.engine import Engine, SamplingParams
 from nanoray.errors import NanorayError

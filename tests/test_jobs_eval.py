@@ -11,7 +11,7 @@ import torch
 from pretrain_runs import run_plan, tiny_plan
 
 from jobs import eval as job
-from nanoray.checkpoint import load_model
+from nanoray.checkpoint.loading import load_model
 from nanoray.config import UsageError
 from nanoray.errors import NanorayError
 from nanoray.evals.infer import decode_bytes, measure

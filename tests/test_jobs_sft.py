@@ -16,7 +16,8 @@ from sft_runs import make_base, sft_flags, sft_plan, write_conversations
 
 import jobs.eval
 import jobs.sft
-from nanoray.checkpoint import CheckpointWriter, DamagedCheckpointError
+from nanoray.checkpoint import DamagedCheckpointError
+from nanoray.checkpoint.writer import CheckpointWriter
 from nanoray.config import UsageError
 from nanoray.errors import NanorayError
 from nanoray.train.record import check_resume, record_config

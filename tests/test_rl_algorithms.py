@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nanoray.engine.sampling import SamplingParams, sample
 from nanoray.errors import NanorayError
-from nanoray.rl.algorithms import ALGORITHMS, Metrics, Totals, advantages, policy_loss, score
+from nanoray.rl.algorithms import ALGORITHMS
+from nanoray.rl.objective import Metrics, Totals, advantages, policy_loss, score
 
 MAX_NEW = 12
 NAMES = list(ALGORITHMS)

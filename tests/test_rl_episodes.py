@@ -19,9 +19,10 @@ from nanoray.rl import flat
 from nanoray.rl.algorithms import ALGORITHMS
 from nanoray.rl.groups import Group
 from nanoray.rl.learner import Learner, Scoring
+from nanoray.rl.prompts import example_index
 from nanoray.rl.reward_worker import TaskReward
 from nanoray.rl.rewards import Reward
-from nanoray.rl.sampler import Sampler, SamplerSettings, example_index
+from nanoray.rl.sampler import Sampler, SamplerSettings
 from nanoray.tasks.arithmetic import Arithmetic
 from nanoray.tokenizer import ByteTokenizer
 from nanoray.train.world import World

@@ -17,9 +17,10 @@ from nanoray.errors import NanorayError
 from nanoray.model.gpt import GPT
 from nanoray.rl import flat
 from nanoray.rl.groups import Group
+from nanoray.rl.prompts import draw_seed, example_index
 from nanoray.rl.reward_worker import TaskReward
 from nanoray.rl.rewards import Reward
-from nanoray.rl.sampler import Sampler, SamplerSettings, draw_seed, example_index
+from nanoray.rl.sampler import Sampler, SamplerSettings
 from nanoray.tasks.arithmetic import Arithmetic
 from nanoray.tokenizer import ByteTokenizer
 

@@ -241,6 +241,15 @@ def test_errors_of_the_proxy_have_the_apis_form(cluster: Cluster) -> None:
     assert httpx.get(f"{cluster.url}/v1/models").status_code == 401
 
 
+def test_the_job_leaves_alone_what_others_serve(cluster: Cluster) -> None:
+    port = cluster.url.rsplit(":", 1)[1]
+    refused = cluster.job("--run", "talk", "--step", "20", "--port", port)
+    assert refused.returncode == 1
+    assert "serves an application chat already" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert httpx.get(f"{cluster.url}/v1/models", headers=HEADERS).status_code == 200
+
+
 def test_no_word_and_no_key_is_in_any_log(cluster: Cluster) -> None:
     """Last: all that the tests above have sent."""
     assert "talk" in cluster.status()

@@ -13,7 +13,8 @@ from checkpoints import assert_latest, make_snapshot, make_writers, names
 from gloo import run_gloo
 from pretrain_runs import losses, run_plan, tiny_plan, work
 
-from nanoray.checkpoint import Checkpoint, CheckpointWriter, SaveFailedError, Snapshot, list_steps
+from nanoray.checkpoint import Checkpoint, list_steps
+from nanoray.checkpoint.writer import CheckpointWriter, SaveFailedError, Snapshot
 from nanoray.lease import LeaseLostError
 from nanoray.train.run_plan import RunPlan
 from nanoray.train.saving import AgreedSaves

@@ -14,7 +14,8 @@ from gloo import run_gloo
 from pretrain_runs import blocks_of, first_gradients, hashes, losses, noisy, run_plan, weights
 from sft_runs import make_base, sft_plan, write_conversations
 
-from nanoray.checkpoint import Checkpoint, list_steps, load_model
+from nanoray.checkpoint import Checkpoint, list_steps
+from nanoray.checkpoint.loading import load_model
 from nanoray.data.blocks import Cursor, local_blocks, step_rows
 from nanoray.metrics import read_records
 from nanoray.tokenizer import load_tokenizer

@@ -6,26 +6,28 @@ last, ``manifest.json``; without it the folder does not count. Every worker writ
 rows it owns; the index in the manifest finds any rows again for any other number of workers.
 Nothing is pickled.
 
+    from nanoray.checkpoint.loading import load_model
     loaded = load_model("demo")        # model, tokenizer, meta: all that inference needs
+
+What finds and reads them is here; `writer` and `loading` apart, as they import torch.
 """
 
-from nanoray.checkpoint.folder import delete, delete_incomplete, list_steps, step_dir
-from nanoray.checkpoint.loading import LoadedModel, find_checkpoint, load_model
+from nanoray.checkpoint.folder import (
+    delete,
+    delete_incomplete,
+    find_checkpoint,
+    list_steps,
+    step_dir,
+)
 from nanoray.checkpoint.reader import Checkpoint, DamagedCheckpointError, open_latest
-from nanoray.checkpoint.writer import CheckpointWriter, SaveFailedError, Snapshot
 
 __all__ = [
     "Checkpoint",
-    "CheckpointWriter",
     "DamagedCheckpointError",
-    "LoadedModel",
-    "SaveFailedError",
-    "Snapshot",
     "delete",
     "delete_incomplete",
     "find_checkpoint",
     "list_steps",
-    "load_model",
     "open_latest",
     "step_dir",
 ]

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from nanoray import storage
-from nanoray.checkpoint.folder import list_steps, step_of
+from nanoray.checkpoint.folder import find_checkpoint
 from nanoray.checkpoint.reader import Checkpoint, DamagedCheckpointError
 from nanoray.errors import NanorayError
 from nanoray.model.config import GPTConfig
@@ -87,48 +86,6 @@ def _load(root: str, step: int, device: torch.device, dtype: str) -> LoadedModel
                 f"meta.json describes; restore the files it was saved with"
             ) from error
         return LoadedModel(model.eval(), tokenizer, meta, step, checkpoint.folder)
-
-
-def find_checkpoint(where: str, step: int | None) -> tuple[str, int]:
-    """The ``checkpoints`` folder and the step that are meant by a run's name or a path.
-
-    Raises:
-        NanorayError: there is no such run, or no such checkpoint in it; says what there is.
-    """
-    is_path = "/" in where
-    base = storage.normalize(where) if is_path else storage.run_dir(where)
-    parent, name = base.rsplit("/", 1)
-    own_step = step_of(name)
-    if own_step is not None:
-        if step not in (None, own_step):
-            raise NanorayError(
-                f"{base} is the checkpoint of step {own_step}, not of step {step}; leave the "
-                f"step out, or give the run's folder"
-            )
-        if not storage.exists(base):
-            raise NanorayError(f"there is no checkpoint {base}; {_told(parent)}")
-        return parent, own_step
-    if not storage.exists(base):
-        runs = [] if is_path else storage.list_names(parent)
-        known = f"the runs there are {', '.join(runs)}" if runs else "give a run's name or folder"
-        raise NanorayError(
-            f"there is no {f'folder {base}' if is_path else f'run {where} in {parent}'}; {known}"
-        )
-    root = storage.join(base, "checkpoints")
-    steps = list_steps(root)
-    if not steps:
-        raise NanorayError(
-            f"{base} has no complete checkpoint yet; train on until the first is saved "
-            f"(--save-every), or take another run"
-        )
-    if step is not None and step not in steps:
-        raise NanorayError(f"{base} has no complete checkpoint of step {step}; {_told(root)}")
-    return root, steps[-1] if step is None else step
-
-
-def _told(root: str) -> str:
-    steps = list_steps(root)
-    return f"there are {', '.join(map(str, steps))}" if steps else f"there are none in {root}"
 
 
 def _model_config(folder: str, meta: dict[str, Any]) -> GPTConfig:

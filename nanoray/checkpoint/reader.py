@@ -6,15 +6,16 @@ import json
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from nanoray import storage
 from nanoray.checkpoint.folder import crc32_of, list_steps, step_dir, step_of, unseal
 from nanoray.errors import NanorayError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DamagedCheckpointError(NanorayError):
@@ -133,7 +134,11 @@ class Checkpoint:
                 f"checkpoint {self.folder} lacks rows {row}:{stop} of {param}/{state}; it was "
                 f"written by another model or recipe"
             )
-        return torch.cat(pieces) if len(pieces) != 1 else pieces[0]
+        if len(pieces) == 1:
+            return pieces[0]
+        import torch  # here: who looks for a checkpoint does without
+
+        return torch.cat(pieces)
 
 
 def open_latest(root: str, warn: Callable[[str], None]) -> Checkpoint | None:

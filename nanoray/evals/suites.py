@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nanoray import storage
-from nanoray.checkpoint import LoadedModel, load_model
+from nanoray.checkpoint.loading import LoadedModel, load_model
 from nanoray.data.plan import validation_rows
 from nanoray.data.shards import OnBad, list_shards, row_groups, split_shards
 from nanoray.engine import Engine, SamplingParams

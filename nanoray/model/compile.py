@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch._dynamo
-import torch._functorch.config
-
 from nanoray.errors import NanorayError
 from nanoray.model.gpt import EAGER, GPT, Block, Parts
 from nanoray.model.heap import keep_freed_memory
@@ -39,6 +35,10 @@ def compile_model(model: GPT, mode: str = "default") -> GPT:
     if mode == "off":
         model.use_parts(EAGER)
         return model
+    # Here, because they take 3 s to import, which drivers and eager workers do without.
+    import torch._dynamo
+    import torch._functorch.config
+
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _RECOMPILE_LIMIT)
     # Without this the blocks, whose attention has a backward of its own, are traced again at every

@@ -15,15 +15,9 @@ from torch import Tensor
 from nanoray.model.gpt import GPT, SOFTCAP
 from nanoray.model.loss import softcapped_logits
 from nanoray.optim.sharded import MuonAdamW
-from nanoray.rl.algorithms import (
-    Algorithm,
-    Metrics,
-    Totals,
-    advantages,
-    policy_loss,
-    score,
-)
+from nanoray.rl.algorithms import Algorithm
 from nanoray.rl.groups import Batch, Group, to_batch
+from nanoray.rl.objective import Metrics, Totals, advantages, policy_loss, score
 from nanoray.train.step import StepTimes
 from nanoray.train.world import World
 

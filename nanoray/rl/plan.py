@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nanoray import storage
-from nanoray.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    DamagedCheckpointError,
-    Snapshot,
-    list_steps,
-)
+from nanoray.checkpoint import Checkpoint, DamagedCheckpointError, list_steps
 from nanoray.config import RlConfig
 from nanoray.data.words import words_of_run
 from nanoray.errors import NanorayError
-from nanoray.evals.chat_suite import ChatSuite
 from nanoray.rl.algorithms import ALGORITHMS
 from nanoray.rl.ledger import LedgerRules
+from nanoray.rl.prompts import example_index, prompt_ids
 from nanoray.rl.reward_worker import TaskReward
-from nanoray.rl.sampler import SamplerSettings, example_index, prompt_ids
 from nanoray.tasks.base import Task
 from nanoray.tasks.catalog import SPELLING, Sources, load_task
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.base_run import find_base, name_after, tokenizer_dir
 from nanoray.train.run_plan import RunPlan
+
+if TYPE_CHECKING:  # a plan is made without torch, which takes seconds to import
+    from nanoray.evals.chat_suite import ChatSuite
+    from nanoray.rl.sampler import SamplerSettings
 
 _MAX_SLOTS = 64  # more rows make a decoding step longer, not better
 _MAX_CHECKED = 20_000  # prompts that are measured before a start: a second or two
@@ -65,6 +62,8 @@ class RlPlan(RunPlan):
     @property
     def eval_suite(self) -> ChatSuite:
         """Held-out problems, sampled as in training: pass@k."""
+        from nanoray.evals.chat_suite import ChatSuite
+
         config = self.config
         return ChatSuite(
             task_names=(config["task"],),
@@ -99,6 +98,8 @@ class RlPlan(RunPlan):
         Raises:
             NanorayError: they cannot be read, or not be written.
         """
+        from nanoray.checkpoint.writer import CheckpointWriter, Snapshot
+
         try:
             with Checkpoint.at(self.base) as base:
                 weights = Snapshot(base.step, optimizer=(), model=base.model_state())
@@ -227,6 +228,8 @@ def ledger_rules(plan: RlPlan) -> LedgerRules:
 
 def sampler_settings(plan: RlPlan, num_threads: int) -> SamplerSettings:
     """What a rollout actor is made from."""
+    from nanoray.rl.sampler import SamplerSettings
+
     config = plan.config
     return SamplerSettings(
         model=plan.model,

@@ -9,19 +9,15 @@ exception, which asynchronous runs want.)
 from __future__ import annotations
 
 import gc
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nanoray.data.packing import permutation
 from nanoray.engine import Completion, Engine, SamplingParams
-from nanoray.errors import NanorayError
 from nanoray.evals.chat import answer_text
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT
@@ -29,11 +25,11 @@ from nanoray.model.heap import keep_freed_memory
 from nanoray.model.precision import pick_compute_dtype, pick_device
 from nanoray.rl import flat
 from nanoray.rl.groups import Group, Sample
+from nanoray.rl.prompts import draw_seed, example_index, prompt_ids
 from nanoray.rl.reward_worker import TaskReward
 from nanoray.rl.rewards import Reward, RewardPool
-from nanoray.tasks.base import Task
 from nanoray.tasks.catalog import load_task
-from nanoray.tokenizer import Tokenizer, load_tokenizer
+from nanoray.tokenizer import load_tokenizer
 from nanoray.tools import calculate
 
 # (index of the example, text of the answer) -> their rewards.
@@ -159,34 +155,6 @@ class Sampler:
             n=settings.num_samples,
             max_tokens=settings.max_new_tokens,
         )
-
-
-def prompt_ids(task: Task, index: int, tokenizer: Tokenizer, max_len: int) -> list[int]:
-    """What asks example ``index``. Raises NanorayError: it is longer than ``max_len``."""
-    prompt = tokenizer.render_for_completion(task.example(index))
-    if len(prompt) > max_len:
-        raise NanorayError(
-            f"example {index} of {task.name} is {len(prompt)} tokens long, and the model's context "
-            f"{max_len}; take shorter problems, or a model with a longer context"
-        )
-    return prompt
-
-
-def example_index(number: int, num_examples: int, seed: int) -> int:
-    """Which example a prompt number asks: every epoch is a permutation of its own."""
-    epoch, place = divmod(number, num_examples)
-    return int(_order(num_examples, seed, epoch)[place])
-
-
-@lru_cache(maxsize=2)  # a bundle may lie across the end of an epoch
-def _order(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return permutation(num_examples, (seed, epoch))
-
-
-def draw_seed(seed: int, number: int) -> int:
-    """64 bits for the draws of a prompt's samples (the engine adds the sample's own number)."""
-    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
 
 
 def _sample(completion: Completion, text: str, reward: Reward) -> Sample:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import resource
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nanoray import storage
 from nanoray.checkpoint import Checkpoint, DamagedCheckpointError, list_steps
@@ -157,14 +154,10 @@ def summary(
     progress: Progress,
     status: str,
     mfu: float,
-    device: torch.device,
+    peak_memory_bytes: int,
     own_metrics: dict[str, Any],
 ) -> dict[str, Any]:
     """The figures of a run as they stand; None where there are none yet."""
-    if device.type == "cuda":
-        peak_memory_bytes = torch.cuda.max_memory_allocated()
-    else:
-        peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "run": plan.run,
         "stage": plan.stage,

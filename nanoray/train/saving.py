@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanoray.checkpoint import CheckpointWriter, SaveFailedError
+from nanoray.checkpoint.writer import CheckpointWriter, SaveFailedError
 from nanoray.errors import NanorayError
 from nanoray.metrics import Sink
 from nanoray.train.world import World

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -16,12 +16,14 @@ from nanoray.data.conversations import ConversationStream, lengths_file, load_le
 from nanoray.data.plan import layout
 from nanoray.data.words import words_of_run
 from nanoray.errors import NanorayError
-from nanoray.evals.chat_suite import ChatSuite
 from nanoray.tasks.catalog import SPELLING, Sources
 from nanoray.tasks.mixture import MixtureSource, is_file, parse_mixture
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.base_run import Base, find_base, name_after, tokenizer_dir, untold
 from nanoray.train.run_plan import StreamRunPlan
+
+if TYPE_CHECKING:  # a plan is made without torch, which takes seconds to import
+    from nanoray.evals.chat_suite import ChatSuite
 
 _INHERITED = (
     "max_seq_len", "device_batch_size", "total_batch_size",
@@ -80,6 +82,8 @@ class SftPlan(StreamRunPlan):
         names = [name.strip() for name in self.config["chatcore_tasks"].split(",")]
         if not any(names):
             return None
+        from nanoray.evals.chat_suite import ChatSuite
+
         return ChatSuite(
             task_names=tuple(filter(None, names)),
             sources=Sources(**self.sources),

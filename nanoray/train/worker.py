@@ -16,13 +16,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanoray import storage
-from nanoray.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    DamagedCheckpointError,
-    Snapshot,
-    delete_incomplete,
-)
+from nanoray.checkpoint import Checkpoint, DamagedCheckpointError, delete_incomplete
+from nanoray.checkpoint.writer import CheckpointWriter, Snapshot
 from nanoray.errors import NanorayError
 from nanoray.metrics import MetricsLog, Record, Sink
 from nanoray.model.compile import compile_model
@@ -383,7 +378,8 @@ class TrainWorker(ABC):
     def _summary(self, status: str) -> dict[str, Any]:
         progress = self.progress
         mfu = self._mfu(progress.tokens / progress.train_s if progress.train_s else 0.0)
-        return summary(self.plan, progress, status, mfu, self.world.device, self._own_metrics())
+        peak = self.world.peak_memory_bytes()
+        return summary(self.plan, progress, status, mfu, peak, self._own_metrics())
 
     def _write_summary(self, status: str) -> None:
         self.hooks.guard()  # a worker that outlived its driver must not write over another's

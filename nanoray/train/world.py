@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,6 +23,12 @@ class World:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    def peak_memory_bytes(self) -> int:
+        """The most that this worker has held so far: of its GPU, or of the process's memory."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def sum_float(self, value: torch.Tensor | float) -> float:
         """Sum of a scalar over the workers, in float64."""
