@@ -200,20 +200,22 @@ def _spread(
     from nanoray.evals.suites import threads_per_actor
 
     fleet.connect()
-    gpus = config.gpus_per_actor
-    if gpus is None:
-        gpus = float(fleet.has_gpus())
-    needs = fleet.Needs(config.num_actors, config.cpus_per_actor, gpus, 0, 0, 0)
-    fleet.preflight(needs)
-    if not gpus:
-        source = replace(source, num_threads=threads_per_actor(config.num_actors))
-    pool: fleet.ActorPool[Any, Any] = fleet.ActorPool(
-        lambda: suite.worker(source.load()),
-        min(config.num_actors, len(items)),
-        name=f"eval-{name}",
-        num_cpus=config.cpus_per_actor,
-        num_gpus=gpus,
-    )
+
+    def settle() -> tuple[float, list[fleet.Needs]]:
+        asked = config.gpus_per_actor
+        gpus = float(fleet.has_gpus()) if asked is None else asked
+        return gpus, [fleet.Needs(config.num_actors, config.cpus_per_actor, gpus, 0, 0, 0)]
+
+    with fleet.when_there_is_room(settle, config.wait_for_nodes) as (gpus, _give_turn_back):
+        if not gpus:
+            source = replace(source, num_threads=threads_per_actor(config.num_actors))
+        pool: fleet.ActorPool[Any, Any] = fleet.ActorPool(
+            lambda: suite.worker(source.load()),
+            min(config.num_actors, len(items)),
+            name=f"eval-{name}",
+            num_cpus=config.cpus_per_actor,
+            num_gpus=gpus,
+        )
     try:
         yield from pool.map(items, ITEM_DEADLINE_S)
     finally:

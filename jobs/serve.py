@@ -60,12 +60,14 @@ def serve(config: ServeConfig, models: tuple[ModelChoice, ...]) -> int:
             "--api-keys-file with a file that every node sees"
         )
     stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: _stop(stop))
     fleet.connect(dashboard=config.dashboard)
     try:
         _check_others(config)
-        fleet.preflight(_needs(config, models))
+        needs = [_needs(config, models)]
+        with fleet.when_there_is_room(lambda: (None, needs), config.wait_for_nodes):
+            pass  # Serve waits by itself for what goes again
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda *_: _stop(stop))
         try:
             _deploy(config, models)
             print(f"ready: {_address(config)}  (Ctrl-C stops)", flush=True)

@@ -67,7 +67,9 @@ def _dry_run(plan: RunPlan, room: str) -> None:
         _check_machine(plan, room)
     else:
         fleet.connect()
-        _preflight(plan, room)
+        _plan, needs = _settle(plan, room)
+        for one in needs:
+            fleet.preflight(one)
 
 
 def _check_machine(plan: RunPlan, room: str) -> None:
@@ -80,17 +82,13 @@ def _check_machine(plan: RunPlan, room: str) -> None:
         fleet.check_resources(needs, have, "this machine")
 
 
-def _preflight(plan: Plan, room: str) -> Plan:
-    """The plan for the connected cluster, which has what it needs."""
+def _settle(plan: Plan, room: str) -> tuple[Plan, list[Needs]]:
+    """The plan for the connected cluster as it is now, and what it needs of it."""
     import ray
-
-    from nanoray import fleet
 
     budget: Budget[Plan] = importlib.import_module(f"{room}.needs")
     plan = budget.with_gpus(plan, ray.cluster_resources())
-    for needs in budget.needs(plan):
-        fleet.preflight(needs)
-    return plan
+    return plan, budget.needs(plan)
 
 
 def _train(plan: Plan, config: TrainConfig, room: str) -> int:
@@ -102,14 +100,13 @@ def _train(plan: Plan, config: TrainConfig, room: str) -> int:
     lease = Lease(plan.run_dir)
     try:
         plan.prepare()
-        # Seconds of imports, while Ray's own processes start.
         glue_module = f"{room}.ray_glue"
         imports = threading.Thread(target=importlib.import_module, args=(glue_module,))
-        imports.start()
+        if not fleet.on_cluster():
+            imports.start()  # seconds, while Ray's own processes start
         fleet.connect(dashboard=config.dashboard)
-        with fleet.turn() as give_turn_back:
-            plan = _preflight(plan, room)
-            imports.join()
+        room_found = fleet.when_there_is_room(lambda: _settle(plan, room), config.wait_for_nodes)
+        with room_found as (plan, give_turn_back):
             glue: Glue = importlib.import_module(glue_module)
             record_config(plan)
             with ProgressPrinter(plan.num_iterations) as printer:

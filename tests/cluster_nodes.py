@@ -96,10 +96,13 @@ class Disturbed:
         self.steps: list[int] = []
         self.group_sizes: list[int] = []
         self.events: list[str] = []
+        self.warnings: list[str] = []
 
     def __call__(self, record: dict[str, Any]) -> None:
         if "event" in record:
             self.events.append(record["event"])
+        if "warning" in record:
+            self.warnings.append(record["warning"])
         if "workers" in record:
             self.group_sizes.append(len(record["workers"]))
         if "loss" in record:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cluster_nodes import Disturbed, Nodes, open_nodes, run_on
@@ -15,6 +16,7 @@ from nanoray.train.run_plan import RunPlan
 
 pytestmark = pytest.mark.timeout(600)
 STEPS, SAVE_EVERY, KILL_AT = 120, 10, 25
+LONG = 1200  # what is packed ahead does not last to the end
 
 MakePlan = Callable[..., RunPlan]
 Planner = Callable[[str], MakePlan]
@@ -91,3 +93,32 @@ def test_a_data_node_dies(nodes: Nodes, planner: Planner) -> None:
     assert hashes(plan) == hashes(calm)
     assert losses(plan) == losses(calm)
     assert weights(plan, STEPS) == weights(calm, STEPS)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("role", ["trainer", "data"])
+def test_the_last_node_of_a_role_is_waited_for(home: Path, planner: Planner, role: str) -> None:
+    """Training does not move to nodes of other roles, says what it waits for, and goes on."""
+    make_plan = partial(planner("pretrain"), num_iterations=LONG)
+    calm = make_plan("calm")
+    run_plan(calm)
+    with open_nodes() as nodes:
+        last = {name: nodes.add(name, 2) for name in ("trainer", "data")}[role]
+        nodes.add("rollout", 4)
+        plan = make_plan("bereft", num_workers="1:2", save_every=SAVE_EVERY)
+
+        class Watch(Disturbed):
+            def __call__(self, record: dict[str, Any]) -> None:
+                super().__call__(record)
+                if "is left; waiting" in record.get("warning", ""):
+                    nodes.add(role, 2)
+
+        watch = Watch(plan, KILL_AT, lambda: nodes.kill(last))
+        assert run_on(plan, watch)["status"] == "finished"
+    told = [text for text in watch.warnings if f"{role} node" in text]
+    assert told == [
+        f"no {role} node is left; waiting 600 s at most for one",
+        f"there is a {role} node again",
+    ]
+    watch.assert_one_start_again()
+    assert hashes(plan) == hashes(calm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,7 @@ from nanoray.train import ray_glue
 from nanoray.train.needs import with_gpus
 from nanoray.train.record import record_config
 
+placement = importlib.import_module("nanoray.fleet.placement")
 GIB = 2**30
 
 
@@ -118,6 +120,52 @@ def test_elastic_training_counts_the_places_of_its_own(
     assert policy._count_possible_workers(reserved) == places
     one_place = {"0": {"CPU": 1.0}}  # another job has the rest
     assert policy._count_possible_workers(one_place) == min(1, places)
+
+
+def test_elastic_training_has_no_place_where_its_role_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = [node("head", 0), node("data"), node("rollout")]
+    for module in (fleet, placement):
+        monkeypatch.setattr(module, "living_nodes", lambda: nodes)
+    selector = {"nanoray-role": "trainer"}
+    scaling = ScalingConfig(
+        num_workers=(1, 8), resources_per_worker={"CPU": 1.0}, label_selector=selector
+    )
+    policy = ray_glue._PlacedPolicy(scaling, spare_cpus=1)
+    reserved = {str(number): node["Resources"] for number, node in enumerate(nodes)}
+    assert policy._count_possible_workers(reserved) == 0
+    nodes.append(node("trainer"))
+    assert policy._count_possible_workers(reserved) == 2
+
+
+def test_the_last_node_of_a_role_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    nodes = [node("head", 0), node("trainer"), node("trainer"), node("rollout")]
+    monkeypatch.setattr(placement, "living_nodes", lambda: nodes)
+    monkeypatch.setattr(placement.time, "monotonic", lambda: now[0])
+    said: list[str] = []
+    watch = fleet.RoleWatch(("trainer", "data"), said.append, deadline_s=100)  # no data nodes
+
+    def look_at(seconds: float, *roles: str) -> None:
+        now[0], nodes[:] = seconds, [node(role) for role in roles]
+        watch.look()
+
+    look_at(10, "head", "trainer")
+    assert not said
+    look_at(20, "head", "data")
+    assert said == ["no trainer node is left; waiting 100 s at most for one"]
+    look_at(21, "trainer")  # it looks every few seconds only
+    look_at(90, "rollout")
+    assert len(said) == 1
+    look_at(110, "trainer")
+    assert said[1:] == ["there is a trainer node again"]
+    look_at(200, "head")
+    look_at(299, "head")
+    with pytest.raises(
+        NanorayError, match=r"no trainer node has come within 100 s; .*role=trainer"
+    ):
+        look_at(310, "head")
 
 
 class RoleCluster:

@@ -7,8 +7,10 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import psutil
 import pytest
 from cluster_nodes import Nodes, open_nodes
 from pretrain_runs import hashes, run_plan, tiny_flags, tiny_plan
+from ray.util import placement_group_table
 
 from nanoray import fleet
 from nanoray.errors import NanorayError
@@ -193,3 +196,35 @@ def test_a_turn_is_one_jobs_at_a_time_and_ends_with_it(
     holder.wait()
     with fleet.turn():
         pass
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_waited_for(nodes: Nodes) -> None:
+    fleet.connect()
+    modest = replace(needs(1), memory_bytes_per_worker=2**20, object_store_bytes=2**20)
+    with (
+        pytest.raises(fleet.NoRoomError, match="need 2 logical CPUs"),
+        fleet.when_there_is_room(lambda: (None, [modest])),
+    ):
+        pytest.fail("there is room")
+    said: list[str] = []
+    found: list[str] = []
+
+    def wait() -> None:
+        room = fleet.when_there_is_room(lambda: ("settled", [modest]), 120, said.append)
+        with room as (settled, _give_turn_back):
+            found.append(settled)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    nodes.add("data", 2)  # a learner would fit on it, too, but its own node may come yet
+    waiting.join(8)
+    assert said == ["waiting for room, 120 s at most: there is no trainer node"]
+    with fleet.turn():  # others may start meanwhile
+        assert not found
+    nodes.add("trainer", 1)
+    waiting.join(60)
+    assert found == ["settled"]
+    assert len(said) == 1
+    (last,) = [group["state"] for group in placement_group_table().values()]
+    assert last == "REMOVED"

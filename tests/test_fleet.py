@@ -94,3 +94,14 @@ def test_the_board_hands_on_records_once_and_keeps_an_error(ray_session: None) -
         assert time.monotonic() < deadline + 10
         time.sleep(0.02)
     assert lonely() == "the run's driver is gone"
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [("0,1", 2), ("", 0), ("-1", 0), ("NoDevFiles", 0), ("0,-1,2", 1), ("GPU-8932f937, 3", 2)],
+)
+def test_gpus_are_counted_as_cuda_reads_its_variable(
+    visible: str, gpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert fleet.local_resources().get("GPU", 0) == gpus

@@ -47,6 +47,14 @@ def _check_workers(text: str) -> str:
 
 
 WorkerRange = Annotated[str, AfterValidator(_check_workers)]
+WaitForNodes = Annotated[
+    float,
+    Field(
+        ge=0,
+        description="seconds to wait at the start for room that a cluster lacks, such as nodes "
+        "that an autoscaler adds (0: refuse at once)",
+    ),
+]
 
 
 class JobConfig(BaseSettings):

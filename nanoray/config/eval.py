@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from nanoray.config.base import JobConfig
+from nanoray.config.base import JobConfig, WaitForNodes
 
 
 def split_names(text: str) -> tuple[str, ...]:
@@ -43,6 +43,7 @@ class EvalConfig(JobConfig):
     gpus_per_actor: float | None = Field(
         None, ge=0, description="GPUs of an actor (default: 1 where there are any)"
     )
+    wait_for_nodes: WaitForNodes = 0
     seed: int = Field(42, ge=0, le=2**63 - 1, description="of everything that is drawn")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from nanoray.config.base import JobConfig, WorkerRange
+from nanoray.config.base import JobConfig, WaitForNodes, WorkerRange
 
 
 class ModelChoice(BaseModel):
@@ -124,6 +124,7 @@ class ServeConfig(JobConfig):
     replicas: WorkerRange = Field("1", description="replicas, or MIN:MAX to follow the load")
     cpus_per_replica: int = Field(1, ge=1, description="logical CPUs and torch threads of each")
     gpus_per_replica: float = Field(0, ge=0, description="GPUs of each")
+    wait_for_nodes: WaitForNodes = 0
     num_slots: int = Field(16, ge=1, description="answers that a replica writes at once, a model")
     max_len: int | None = Field(
         None, ge=2, description="longest sequence in tokens (default: the training context)"

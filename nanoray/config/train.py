@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from nanoray.config.base import JobConfig, WorkerRange
+from nanoray.config.base import JobConfig, WaitForNodes, WorkerRange
 
 
 class TrainConfig(JobConfig):
@@ -26,6 +26,7 @@ class TrainConfig(JobConfig):
         None, ge=0, description="GPUs of a worker (default: 1 where the cluster has any)"
     )
     max_failures: int = Field(3, ge=0, description="restarts after lost workers before giving up")
+    wait_for_nodes: WaitForNodes = 0
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="compute dtype")
     fp8: bool = Field(False, description="fp8 matmuls (Hopper and newer)")
     compile_mode: Literal["default", "max-autotune", "off"] = Field(

@@ -6,6 +6,7 @@ The only room below training that knows Ray.
 from nanoray.fleet.board import Board, StopWatch, gauge_name, gauge_sink, start_board
 from nanoray.fleet.connect import (
     Needs,
+    NoRoomError,
     check_places,
     check_resources,
     check_roles,
@@ -19,6 +20,7 @@ from nanoray.fleet.connect import (
 )
 from nanoray.fleet.placement import (
     Role,
+    RoleWatch,
     count_places,
     draining_nodes,
     label_selector,
@@ -26,13 +28,15 @@ from nanoray.fleet.placement import (
     nodes_for,
 )
 from nanoray.fleet.pool import ActorPool
-from nanoray.fleet.turn import turn
+from nanoray.fleet.turn import turn, when_there_is_room
 
 __all__ = [
     "ActorPool",
     "Board",
     "Needs",
+    "NoRoomError",
     "Role",
+    "RoleWatch",
     "StopWatch",
     "check_places",
     "check_resources",
@@ -52,5 +56,6 @@ __all__ = [
     "preflight",
     "start_board",
     "turn",
+    "when_there_is_room",
     "worker_environment",
 ]

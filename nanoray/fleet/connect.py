@@ -6,7 +6,9 @@ job, it joins that cluster.
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -31,6 +33,11 @@ from nanoray.fleet.placement import (
     living_nodes,
     nodes_for,
 )
+
+
+class NoRoomError(NanorayError):
+    """A cluster or a machine has too little of something; more nodes would mend it."""
+
 
 CONNECT_DEADLINE_S = 5.0
 # A node may have to unpack the job and start its first worker; a shortfall is told before.
@@ -196,12 +203,15 @@ def local_resources() -> dict[str, float]:
 def _visible_gpus() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([d for d in visible.split(",") if d.strip() and d.strip() != "-1"])
+        # As CUDA reads it: what comes after the first that is no device does not count.
+        devices = [device.strip() for device in visible.split(",")]
+        named = itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, devices)
+        return len(list(named))
     return len([n for n in os.listdir("/dev") if n.startswith("nvidia") and n[6:].isdigit()])
 
 
 def check_resources(needs: Needs, have: dict[str, float], where: str) -> None:
-    """Raise NanorayError naming the first shortfall.
+    """Raise NoRoomError naming the first shortfall.
 
     The memory of a cluster is compared as a whole, that of a machine as what is free now.
     """
@@ -209,23 +219,23 @@ def check_resources(needs: Needs, have: dict[str, float], where: str) -> None:
     gpus = needs.num_workers * needs.gpus_per_worker + needs.other_gpus
     memory = needs.num_workers * needs.memory_bytes_per_worker
     if have.get("CPU", 0) < cpus:
-        raise NanorayError(
+        raise NoRoomError(
             f"{needs.num_workers} workers of {needs.cpus_per_worker:g} CPUs and "
             f"{needs.other_cpus:g} for {needs.others} need {cpus:g} logical CPUs, but {where} has "
             f"{have.get('CPU', 0):g}; lower {needs.flags.format('cpus')}, or add nodes"
         )
     if have.get("GPU", 0) < gpus:
-        raise NanorayError(
+        raise NoRoomError(
             f"{needs.num_workers} workers need {gpus:g} GPUs, but {where} has "
             f"{have.get('GPU', 0):g}; lower {needs.flags.format('gpus')}, or add GPU nodes"
         )
     if have.get("memory", memory) < memory:
-        raise NanorayError(
+        raise NoRoomError(
             f"training needs about {memory / 2**30:.1f} GiB of memory, but {where} has "
             f"{have['memory'] / 2**30:.1f} GiB; lower --depth or --device-batch-size"
         )
     if have.get("object_store_memory", needs.object_store_bytes) < needs.object_store_bytes:
-        raise NanorayError(
+        raise NoRoomError(
             f"the data stream needs about {needs.object_store_bytes / 2**20:.0f} MiB of object "
             f"store, but {where} has {have['object_store_memory'] / 2**20:.0f} MiB; give Ray more "
             f"(object_store_memory) or build the corpus with smaller row groups"
@@ -233,7 +243,7 @@ def check_resources(needs: Needs, have: dict[str, float], where: str) -> None:
 
 
 def check_places(needs: Needs, nodes: Sequence[dict[str, Any]], where: str = "the nodes") -> None:
-    """Raise NanorayError if the workers do not fit on the nodes: none may span two of them.
+    """Raise NoRoomError if the workers do not fit on the nodes: none may span two of them.
 
     Args:
         nodes: as `ray.nodes` describes them.
@@ -242,7 +252,7 @@ def check_places(needs: Needs, nodes: Sequence[dict[str, Any]], where: str = "th
     places = count_places(nodes, wanted)
     if places < needs.num_workers:
         gpus = f" and {needs.gpus_per_worker:g} GPUs" if needs.gpus_per_worker else ""
-        raise NanorayError(
+        raise NoRoomError(
             f"a worker needs {needs.cpus_per_worker:g} CPUs{gpus} on one node, and {where} have "
             f"room for {places} of {needs.num_workers}; lower {needs.flags.format('cpus')}, or add "
             f"larger nodes"
@@ -256,7 +266,8 @@ def preflight(needs: Needs) -> None:
     use, also what they leave (hold a `turn` meanwhile).
 
     Raises:
-        NanorayError: what is missing, in one sentence.
+        NoRoomError: what is missing, in one sentence.
+        NanorayError: a node does not see a path of the plan.
     """
     nodes = living_nodes()
     check_resources(needs, _total(nodes), "the cluster")
@@ -268,7 +279,7 @@ def preflight(needs: Needs) -> None:
 
 
 def _check_room(needs: Needs) -> None:
-    """Raise NanorayError if others hold what the plan needs, and do not let go of it in time."""
+    """Raise NoRoomError if others hold what the plan needs, and do not let go of it in time."""
     # Memory is nothing that anybody holds, and a full object store spills.
     needs = replace(needs, memory_bytes_per_worker=0, object_store_bytes=0)
     if needs.others_role == "data" and label_selector("data"):
@@ -280,9 +291,9 @@ def _check_room(needs: Needs) -> None:
             check_roles(needs, free)
             check_resources(needs, _total(free), "the cluster")
             return
-        except NanorayError as error:
+        except NoRoomError as error:
             if time.monotonic() > deadline:
-                raise NanorayError(
+                raise NoRoomError(
                     f"other jobs are using the cluster, and what they leave is not enough: "
                     f"{error}, or wait until one of them ends"
                 ) from error
@@ -290,7 +301,7 @@ def _check_room(needs: Needs) -> None:
 
 
 def check_roles(needs: Needs, nodes: Sequence[dict[str, Any]]) -> None:
-    """Raise NanorayError if the nodes on which work would be placed have not enough for it.
+    """Raise NoRoomError if the nodes on which work would be placed have not enough for it.
 
     Args:
         nodes: as `ray.nodes` describes them.
@@ -304,7 +315,7 @@ def check_roles(needs: Needs, nodes: Sequence[dict[str, Any]]) -> None:
     check_places(needs, own, f"the nodes with {ROLE_LABEL}={needs.role}")
     for kind, amount in (("CPU", needs.other_cpus), ("GPU", needs.other_gpus)):
         if _total(others).get(kind, 0) < amount:
-            raise NanorayError(
+            raise NoRoomError(
                 f"{needs.others} need {amount:g} {kind}s, but the nodes with "
                 f"{ROLE_LABEL}={needs.others_role} have {_total(others).get(kind, 0):g}; lower "
                 f"{needs.flags.format(kind.lower() + 's')}, or add {needs.others_role} nodes"

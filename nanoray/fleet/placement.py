@@ -6,13 +6,17 @@ nodes of its role while the cluster has any, and anywhere in a cluster without s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import ray
 from ray._private.state import available_resources_per_node, state
 
+from nanoray.errors import NanorayError
+
 ROLE_LABEL = "nanoray-role"
+_LOOK_PERIOD_S = 5.0
 Role = Literal["trainer", "data", "rollout"]
 
 
@@ -46,6 +50,61 @@ def label_selector(role: Role) -> dict[str, str]:
     """Ray's selector for work of this role; empty while no living node has the role."""
     own = any(_role(node) == role for node in living_nodes())
     return {ROLE_LABEL: role} if own else {}
+
+
+def has_roles() -> bool:
+    """Whether any living node has a role, be it the head's."""
+    return any(_role(node) for node in living_nodes())
+
+
+class RoleWatch:
+    """Notices when the last node goes that work of a role could be placed on.
+
+    Such work waits without a word until there is one again.
+
+    Args:
+        roles: those of them that have nodes now are watched.
+        tell: gets a sentence when the last node of a role goes, and when there is one again.
+        deadline_s: most time without.
+    """
+
+    def __init__(
+        self, roles: Sequence[Role], tell: Callable[[str], None], deadline_s: float = 600.0
+    ) -> None:
+        self._roles = [role for role in roles if label_selector(role)]
+        self._tell, self._deadline_s = tell, deadline_s
+        self._gone_since: dict[Role, float] = {}
+        self._next_look = 0.0
+
+    def look(self) -> None:
+        """To be called often; looks every few seconds.
+
+        Raises:
+            NanorayError: there is still no node of a role after the deadline.
+        """
+        now = time.monotonic()
+        if not self._roles or now < self._next_look:
+            return
+        self._next_look = now + _LOOK_PERIOD_S
+        try:
+            there = {_role(node) for node in living_nodes()}
+        except ray.exceptions.RayError:
+            return  # the head is away; others tell of that
+        for role in self._roles:
+            if role in there:
+                if self._gone_since.pop(role, None) is not None:
+                    self._tell(f"there is a {role} node again")
+            elif role not in self._gone_since:
+                self._gone_since[role] = now
+                self._tell(
+                    f"no {role} node is left; waiting {self._deadline_s:.0f} s at most for one"
+                )
+            elif now - self._gone_since[role] > self._deadline_s:
+                raise NanorayError(
+                    f"no {role} node has come within {self._deadline_s:.0f} s; the last checkpoint "
+                    f"stands, and the same command goes on from it: add such a node (label "
+                    f"{ROLE_LABEL}={role}), then run it again"
+                )
 
 
 def count_places(nodes: Sequence[Mapping[str, Any]], wanted: Mapping[str, float]) -> int:

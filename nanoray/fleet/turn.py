@@ -1,16 +1,21 @@
-"""Jobs that start on one cluster at the same moment take turns."""
+"""Jobs that start on one cluster at the same moment take turns, and may wait for room."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import ray
+from ray.util import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanoray.errors import NanorayError
-from nanoray.fleet.connect import on_cluster
+from nanoray.fleet.connect import Needs, NoRoomError, on_cluster, preflight
+from nanoray.fleet.placement import ROLE_LABEL, Role, has_roles, label_selector
+
+Settled = TypeVar("Settled")
 
 TURN_DEADLINE_S = 120.0
 _NAME = "nanoray-turn"
@@ -60,3 +65,94 @@ def _take() -> ray.actor.ActorHandle:
                     f"wait until it trains, or stop it, then run the command again"
                 ) from error
         time.sleep(0.3)
+
+
+@contextlib.contextmanager
+def when_there_is_room(
+    settle: Callable[[], tuple[Settled, Sequence[Needs]]],
+    wait_s: float = 0.0,
+    say: Callable[[str], None] = print,
+) -> Iterator[tuple[Settled, Callable[[], None]]]:
+    """`turn`, once the cluster has what is needed; yields what was settled, and what gives the
+    turn back early.
+
+    While it waits others may start, and an autoscaler is asked for the nodes that are missing.
+
+    Args:
+        settle: what depends on the cluster as it is at that moment, and what that needs.
+        wait_s: most time to wait for room.
+        say: is told that, and for what, once.
+
+    Raises:
+        NoRoomError: what is missing still, in one sentence.
+        NanorayError: see `preflight` and `turn`.
+    """
+    deadline = time.monotonic() + wait_s
+    told = False
+    while True:
+        with turn() as give_back:
+            settled, needs = settle()
+            late = time.monotonic() >= deadline or not on_cluster()
+            missing = _missing(needs, all_roles=not late)
+            if missing is None:
+                yield settled, give_back
+                return
+        if late:
+            raise missing
+        if not told:
+            say(f"waiting for room, {wait_s:.0f} s at most: {missing}")
+            told = True
+        _wait_for_room(needs, deadline)
+
+
+def _missing(needs: Sequence[Needs], all_roles: bool) -> NoRoomError | None:
+    """``all_roles``: no node of one role is taken for another's while that may still come."""
+    try:
+        for one in needs:
+            if all_roles and one.role and has_roles() and not label_selector(one.role):
+                raise NoRoomError(f"there is no {one.role} node")
+            preflight(one)
+    except NoRoomError as error:
+        return error
+    return None
+
+
+def _wait_for_room(needs: Sequence[Needs], deadline: float) -> None:
+    """Until the workers could be placed: a placement group that waits is what autoscalers heed.
+
+    Only for a look at what there is, as Ray Train makes a group of its own. Where it is content
+    and the preflight is not (memory, say), a second passes between two looks.
+    """
+    places = _places(needs)
+    group = placement_group(
+        [resources for resources, _selector in places],
+        bundle_label_selector=[selector for _resources, selector in places],
+    )
+    try:
+        time.sleep(1.0)
+        # In short waits, which a signal can interrupt.
+        while not group.wait(timeout_seconds=1) and time.monotonic() < deadline:
+            pass
+    finally:
+        remove_placement_group(group)
+
+
+def _places(needs: Sequence[Needs]) -> list[tuple[dict[str, float], dict[str, str]]]:
+    """Resources and label selector of every worker, and of the others where no need is theirs."""
+    roles = {one.role for one in needs}
+    places = []
+    for one in needs:
+        worker = {"CPU": one.cpus_per_worker, "GPU": one.gpus_per_worker}
+        places += [(worker, one.role)] * one.num_workers
+        if one.others_role not in roles:
+            places.append(({"CPU": one.other_cpus, "GPU": one.other_gpus}, one.others_role))
+    return [
+        ({kind: amount for kind, amount in resources.items() if amount}, _selector(role))
+        for resources, role in places
+        if any(resources.values())
+    ]
+
+
+def _selector(role: Role | None) -> dict[str, Any]:
+    """Of nodes that may not be there yet: in a cluster with roles, of this one."""
+    return {ROLE_LABEL: role} if role and has_roles() else {}

@@ -72,11 +72,13 @@ def fit(plan: RunPlan, lease: Lease, watch: Watcher, run: Run | None = None) -> 
 
     thread = threading.Thread(target=fit_in_thread, name="fit", daemon=True)
     verdict: dict[str, Any] = {}
+    roles = fleet.RoleWatch(("trainer", "data"), lambda text: watch({"warning": text}))
     with _stop_signals(board):
         thread.start()
         while thread.is_alive() and "error" not in verdict:
             thread.join(timeout=0.5)
             verdict = _relay(board, watch)
+            roles.look()
             if lease.lost:
                 raise LeaseLostError(f"run {plan.run} was taken over by another writer")
     if "error" in verdict:
@@ -189,6 +191,9 @@ class _PlacedPolicy(ElasticScalingPolicy):
     def _count_possible_workers(self, reserved: Any) -> int:
         nodes = fleet.living_nodes()
         trainers = fleet.nodes_for("trainer", nodes)
+        selector = self.scaling_config.label_selector
+        if selector and not fleet.label_selector("trainer"):
+            return 0  # the last of them is gone, and the workers can be placed nowhere else
         elsewhere = [node for node in fleet.nodes_for("data", nodes) if node not in trainers]
         wanted = self.scaling_config._resources_per_worker_not_none
         places = fleet.count_places(trainers, wanted)
@@ -259,6 +264,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         attempt=attempt,
     )
     try:
+        _check_device(plan, world)
         summary = (config["run"] or _run_stream)(plan, world, hooks, start_step)
         if world.is_first:
             ray.get(board.conclude.remote(summary), timeout=30)
@@ -269,6 +275,16 @@ def _train_loop(config: dict[str, Any]) -> None:
     finally:
         if stop_watch:
             stop_watch.close()
+
+
+def _check_device(plan: RunPlan, world: World) -> None:
+    """Raise NanorayError where a worker would compute on the CPU beside a GPU that it was given."""
+    if plan.config["gpus_per_worker"] and world.device.type != "cuda":
+        raise NanorayError(
+            f"a worker on {socket.gethostname()} was given a GPU that torch {torch.__version__} "
+            f"cannot use; install a torch that can (and its driver) there, or give "
+            f"--gpus-per-worker 0"
+        )
 
 
 def _start_step(plan: RunPlan, board: Any, run: Run | None) -> int:

@@ -21,7 +21,8 @@ from nanoray.train.watch import Progress
 MAY_CHANGE = {
     "config", "dry_run", "device_batch_size", "eval_every", "eval_tokens", "sample_every",
     "save_every", "keep_checkpoints", "log_every", "num_workers", "cpus_per_worker",
-    "gpus_per_worker", "max_failures", "compile_mode", "wandb", "dashboard", "spike_factor",
+    "gpus_per_worker", "max_failures", "wait_for_nodes", "compile_mode", "wandb", "dashboard",
+    "spike_factor",
     "chatcore_every", "chatcore_tasks", "chatcore_max_cat", "chatcore_max_sample",
     "chatcore_max_tokens", "rollout_actors", "rollout_gpus", "rollout_deadline_s",
     "reward_deadline_s", "eval_examples", "eval_samples",
