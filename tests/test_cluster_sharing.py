@@ -218,7 +218,9 @@ def test_what_is_missing_is_waited_for(nodes: Nodes) -> None:
     waiting = threading.Thread(target=wait)
     waiting.start()
     nodes.add("data", 2)  # a learner would fit on it, too, but its own node may come yet
-    waiting.join(8)
+    deadline = time.monotonic() + 60
+    while not said and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert said == ["waiting for room, 120 s at most: there is no trainer node"]
     with fleet.turn():  # others may start meanwhile
         assert not found
