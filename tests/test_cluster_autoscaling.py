@@ -35,7 +35,7 @@ def node_type(role: str, cpus: int) -> dict[str, Any]:
     }
 
 
-def configuration() -> dict[str, Any]:
+def configuration(address: str) -> dict[str, Any]:
     return {
         "cluster_name": "fake",
         "max_workers": 4,
@@ -45,13 +45,14 @@ def configuration() -> dict[str, Any]:
             "module": PROVIDER,
             "launch_multiple": True,
             "head_node_id": HEAD_ID,
+            "gcs_address": address,
         },
         "available_node_types": {
-            "head": node_type("head", 0),
+            "ray.head.default": node_type("head", 0),  # as the provider calls it
             "trainer": node_type("trainer", 1),
             "data": node_type("data", 2),
         },
-        "head_node_type": "head",
+        "head_node_type": "ray.head.default",
         "file_mounts": {},
         "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
@@ -71,8 +72,8 @@ def configuration() -> dict[str, Any]:
 def environment(home: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     """Of a job on the cluster, which has a head and no other node yet."""
     file = tmp_path / "cluster.json"
-    file.write_text(json.dumps(configuration()))
     temp, port = Path("/tmp") / f"nr-{secrets.token_hex(4)}", free_port()
+    file.write_text(json.dumps(configuration(f"127.0.0.1:{port}")))
     env = os.environ | {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -65,7 +65,7 @@ class RoleWatch:
     Args:
         roles: those of them that have nodes now are watched.
         tell: gets a sentence when the last node of a role goes, and when there is one again.
-        deadline_s: most time without.
+        deadline_s: most time without, unless there is `progress` even so.
     """
 
     def __init__(
@@ -75,6 +75,10 @@ class RoleWatch:
         self._tell, self._deadline_s = tell, deadline_s
         self._gone_since: dict[Role, float] = {}
         self._next_look = 0.0
+
+    def progress(self) -> None:
+        """Work goes on, with what there was: the deadline is put off."""
+        self._gone_since = dict.fromkeys(self._gone_since, time.monotonic())
 
     def look(self) -> None:
         """To be called often; looks every few seconds.

@@ -72,12 +72,19 @@ def fit(plan: RunPlan, lease: Lease, watch: Watcher, run: Run | None = None) -> 
 
     thread = threading.Thread(target=fit_in_thread, name="fit", daemon=True)
     verdict: dict[str, Any] = {}
-    roles = fleet.RoleWatch(("trainer", "data"), lambda text: watch({"warning": text}))
+    others: fleet.Role = "rollout" if run else "data"  # who feeds the workers
+    roles = fleet.RoleWatch(("trainer", others), lambda text: watch({"warning": text}))
+
+    def watch_progress(record: dict[str, Any]) -> None:
+        if "loss" in record:
+            roles.progress()
+        watch(record)
+
     with _stop_signals(board):
         thread.start()
         while thread.is_alive() and "error" not in verdict:
             thread.join(timeout=0.5)
-            verdict = _relay(board, watch)
+            verdict = _relay(board, watch_progress)
             roles.look()
             if lease.lost:
                 raise LeaseLostError(f"run {plan.run} was taken over by another writer")
