@@ -203,7 +203,8 @@ def _spread(
 
     def settle() -> tuple[float, list[fleet.Needs]]:
         asked = config.gpus_per_actor
-        gpus = float(fleet.has_gpus()) if asked is None else asked
+        offered = fleet.offered_resources(with_autoscaler=config.wait_for_nodes > 0)
+        gpus = float(bool(offered.get("GPU"))) if asked is None else asked
         return gpus, [fleet.Needs(config.num_actors, config.cpus_per_actor, gpus, 0, 0, 0)]
 
     with fleet.when_there_is_room(settle, config.wait_for_nodes) as (gpus, _give_turn_back):

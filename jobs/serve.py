@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import logging
 import os
@@ -64,24 +63,26 @@ def serve(config: ServeConfig, models: tuple[ModelChoice, ...]) -> int:
     try:
         _check_others(config)
         needs = [_needs(config, models)]
-        with fleet.when_there_is_room(lambda: (None, needs), config.wait_for_nodes):
-            pass  # Serve waits by itself for what goes again
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda *_: _stop(stop))
-        try:
-            _deploy(config, models)
-            print(f"ready: {_address(config)}  (Ctrl-C stops)", flush=True)
-            stop.wait()
-            print("finishing the answers under way (Ctrl-C again: not)", flush=True)
-        finally:
-            _end()
+        room = fleet.when_there_is_room(lambda: (None, needs), config.wait_for_nodes)
+        with room as (_settled, give_turn_back):
+            serve_is_ours = not _check_others(config)  # again: it may have taken long
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, lambda *_: _stop(stop))
+            try:
+                _deploy(config, models)
+                give_turn_back()
+                print(f"ready: {_address(config)}  (Ctrl-C stops)", flush=True)
+                stop.wait()
+                print("finishing the answers under way (Ctrl-C again: not)", flush=True)
+            finally:
+                _end(serve_is_ours)
     finally:
         ray.shutdown()
     return 0
 
 
-def _check_others(config: ServeConfig) -> None:
-    """What the cluster serves already is not ours to change or to end.
+def _check_others(config: ServeConfig) -> bool:
+    """What the cluster serves already is not ours to change or to end. Whether Serve runs there.
 
     Raises:
         NanorayError: our application is among it, or Serve listens on another address.
@@ -103,17 +104,24 @@ def _check_others(config: ServeConfig) -> None:
             f"Serve runs on this cluster already and listens on {host}:{port}; give --host {host} "
             f"--port {port}, or end it with `serve shutdown`"
         )
+    return client is not None
 
 
-def _end() -> None:
-    """End our application once it has answered, and Serve itself if it serves nothing else."""
+def _end(serve_is_ours: bool) -> None:
+    """End our application once it has answered, and the Serve that we started if it serves nothing
+    else. Must not hide why it ends.
+    """
     from ray import serve as ray_serve
 
     from serve.app import NAME
 
-    with contextlib.suppress(ray_serve.exceptions.RayServeException):  # Serve did not start
+    try:
         ray_serve.delete(NAME)  # shutdown() alone ends the proxy at once, and cuts every stream
-    if not ray_serve.status().applications:
+    except ray_serve.exceptions.RayServeException:  # Serve did not start
+        return
+    except TimeoutError as error:
+        print(f"warning: some answers were cut ({error})", file=sys.stderr)
+    if serve_is_ours and not set(ray_serve.status().applications) - {NAME}:
         ray_serve.shutdown()
 
 

@@ -7,7 +7,7 @@ import sys
 import torch
 from engine_models import tiny
 
-import nanoray.checkpoint
+import nanoray.checkpoint.loading
 from jobs import chat, chat_session  # noqa: F401  (its imports take seconds)
 from nanoray.checkpoint.loading import LoadedModel
 from nanoray.config import run_job
@@ -32,6 +32,6 @@ def rendered(*turns: str, system: str = "") -> list[int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    nanoray.checkpoint.load_model = lambda *_args, **_kwargs: endless_model()
+    nanoray.checkpoint.loading.load_model = lambda *_args, **_kwargs: endless_model()
     print("READY", flush=True)
     run_job(chat.main, ["--run", "endless", "--top-k", "5", "--max-tokens", "8000", *sys.argv[1:]])

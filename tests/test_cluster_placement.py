@@ -145,7 +145,7 @@ def test_the_last_node_of_a_role_is_missed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(placement, "living_nodes", lambda: nodes)
     monkeypatch.setattr(placement.time, "monotonic", lambda: now[0])
     said: list[str] = []
-    watch = fleet.RoleWatch(("trainer", "data"), said.append, deadline_s=100)  # no data nodes
+    watch = fleet.RoleWatch({"trainer": 100, "data": 1}, said.append)  # there is no data node
 
     def look_at(seconds: float, *roles: str) -> None:
         now[0], nodes[:] = seconds, [node(role) for role in roles]

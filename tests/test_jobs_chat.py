@@ -39,7 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*argv: str, stage: str = "sft", stdin: bytes = b"") -> tuple[int, str, str]:
         loaded = LoadedModel(endless_model(256).model, TOKENIZER, {"stage": stage}, 1, "runs/x")
-        monkeypatch.setattr("nanoray.checkpoint.load_model", lambda *_a, **_k: loaded)
+        monkeypatch.setattr("nanoray.checkpoint.loading.load_model", lambda *_a, **_k: loaded)
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         with pytest.raises(SystemExit) as caught:
             run_job(job.main, argv)
@@ -219,7 +219,9 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.read(40).startswith(b"READY\n")
+        begun = process.stdout.read(40)  # the answer's first words are among it
+        assert begun.startswith(b"READY\n")
+        assert len(begun) == 40
         process.stdout.close()
         errors = process.stderr.read()
         assert process.wait(20) == 1

@@ -11,7 +11,6 @@ from nanoray.fleet.connect import (
     check_resources,
     check_roles,
     connect,
-    has_gpus,
     local_object_store_bytes,
     local_resources,
     on_cluster,
@@ -26,6 +25,7 @@ from nanoray.fleet.placement import (
     label_selector,
     living_nodes,
     nodes_for,
+    offered_resources,
 )
 from nanoray.fleet.pool import ActorPool
 from nanoray.fleet.turn import turn, when_there_is_room
@@ -46,12 +46,12 @@ __all__ = [
     "draining_nodes",
     "gauge_name",
     "gauge_sink",
-    "has_gpus",
     "label_selector",
     "living_nodes",
     "local_object_store_bytes",
     "local_resources",
     "nodes_for",
+    "offered_resources",
     "on_cluster",
     "preflight",
     "start_board",

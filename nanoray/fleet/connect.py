@@ -100,6 +100,8 @@ def connect(
             ) from error
         return
     _lock_local_ray()
+    if not _visible_gpus():  # Ray counts every word of CUDA_VISIBLE_DEVICES, -1 too
+        options["num_gpus"] = 0
     # Ray runs workers at niceness 15: anything else on the machine would go before training,
     # even Ray's own daemons, and threads that compute in step wait for the slowest.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -152,11 +154,6 @@ def local_object_store_bytes() -> int:
     if os.path.isdir("/dev/shm"):
         limit = min(limit, int(shutil.disk_usage("/dev/shm").free * 0.8))
     return max(limit, 100 * 2**20)
-
-
-def has_gpus() -> bool:
-    """Whether the connected cluster has any GPU."""
-    return bool(ray.cluster_resources().get("GPU"))
 
 
 @dataclass(frozen=True)

@@ -57,22 +57,31 @@ def has_roles() -> bool:
     return any(_role(node) for node in living_nodes())
 
 
+def has_autoscaler() -> bool:
+    """Whether the cluster can add nodes to itself."""
+    return state.get_max_resources_from_cluster_config() is not None
+
+
+def offered_resources(with_autoscaler: bool) -> dict[str, float]:
+    """The cluster's resources; ``with_autoscaler``: also those of nodes that it could add."""
+    could_be = state.get_max_resources_from_cluster_config() if with_autoscaler else None
+    return {**(could_be or {}), **ray.cluster_resources()}
+
+
 class RoleWatch:
     """Notices when the last node goes that work of a role could be placed on.
 
     Such work waits without a word until there is one again.
 
     Args:
-        roles: those of them that have nodes now are watched.
+        deadlines_s: most seconds without a node, by role, unless there is `progress` even so;
+            roles that have no node at the start are not watched.
         tell: gets a sentence when the last node of a role goes, and when there is one again.
-        deadline_s: most time without, unless there is `progress` even so.
     """
 
-    def __init__(
-        self, roles: Sequence[Role], tell: Callable[[str], None], deadline_s: float = 600.0
-    ) -> None:
-        self._roles = [role for role in roles if label_selector(role)]
-        self._tell, self._deadline_s = tell, deadline_s
+    def __init__(self, deadlines_s: Mapping[Role, float], tell: Callable[[str], None]) -> None:
+        self._deadlines_s = {role: s for role, s in deadlines_s.items() if label_selector(role)}
+        self._tell = tell
         self._gone_since: dict[Role, float] = {}
         self._next_look = 0.0
 
@@ -87,25 +96,23 @@ class RoleWatch:
             NanorayError: there is still no node of a role after the deadline.
         """
         now = time.monotonic()
-        if not self._roles or now < self._next_look:
+        if not self._deadlines_s or now < self._next_look:
             return
         self._next_look = now + _LOOK_PERIOD_S
         try:
             there = {_role(node) for node in living_nodes()}
         except ray.exceptions.RayError:
             return  # the head is away; others tell of that
-        for role in self._roles:
+        for role, deadline_s in self._deadlines_s.items():
             if role in there:
                 if self._gone_since.pop(role, None) is not None:
                     self._tell(f"there is a {role} node again")
             elif role not in self._gone_since:
                 self._gone_since[role] = now
-                self._tell(
-                    f"no {role} node is left; waiting {self._deadline_s:.0f} s at most for one"
-                )
-            elif now - self._gone_since[role] > self._deadline_s:
+                self._tell(f"no {role} node is left; waiting {deadline_s:.0f} s at most for one")
+            elif now - self._gone_since[role] > deadline_s:
                 raise NanorayError(
-                    f"no {role} node has come within {self._deadline_s:.0f} s; the last checkpoint "
+                    f"no {role} node has come within {deadline_s:.0f} s; the last checkpoint "
                     f"stands, and the same command goes on from it: add such a node (label "
                     f"{ROLE_LABEL}={role}), then run it again"
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -13,11 +14,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanoray.errors import NanorayError
 from nanoray.fleet.connect import Needs, NoRoomError, on_cluster, preflight
-from nanoray.fleet.placement import ROLE_LABEL, Role, has_roles, label_selector
+from nanoray.fleet.placement import (
+    ROLE_LABEL,
+    Role,
+    has_autoscaler,
+    has_roles,
+    label_selector,
+)
 
 Settled = TypeVar("Settled")
 
 TURN_DEADLINE_S = 120.0
+HELD_DEADLINE_S = 300.0
+LOOK_PERIOD_S = 20.0
 _NAME = "nanoray-turn"
 
 
@@ -27,33 +36,38 @@ class _Turn:
 
 
 @contextlib.contextmanager
-def turn() -> Iterator[Callable[[], None]]:
+def turn(deadline_s: float = TURN_DEADLINE_S) -> Iterator[Callable[[], None]]:
     """The right to look for room on the cluster and to take it; yields what gives it back early.
 
     Two jobs that find the same room free could each take half of what both need, and wait for ever
     for the other half: workers that hold all CPUs wait for data that no CPU is left to pack.
+    It goes back by itself after `HELD_DEADLINE_S`: a job that cannot start must not hold up others.
 
     Raises:
-        NanorayError: another job has been starting for `TURN_DEADLINE_S`.
+        NanorayError: others have been starting for ``deadline_s``.
     """
     if not on_cluster():  # a Ray of one's own
         yield lambda: None
         return
-    actor = _take()
+    actor = _take(deadline_s)
 
     def give_back() -> None:
         with contextlib.suppress(Exception):  # it must not hide why a run ends
             ray.kill(actor)
 
+    timer = threading.Timer(HELD_DEADLINE_S, give_back)
+    timer.daemon = True
+    timer.start()
     try:
         yield give_back
     finally:
+        timer.cancel()
         give_back()
 
 
-def _take() -> ray.actor.ActorHandle:
+def _take(deadline_s: float) -> ray.actor.ActorHandle:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    deadline = time.monotonic() + TURN_DEADLINE_S
+    deadline = time.monotonic() + deadline_s
     while True:
         try:
             return _Turn.options(name=_NAME, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
@@ -61,7 +75,7 @@ def _take() -> ray.actor.ActorHandle:
         except (ValueError, AssertionError) as error:
             if time.monotonic() > deadline:
                 raise NanorayError(
-                    f"another job has been starting on this cluster for {TURN_DEADLINE_S:.0f} s; "
+                    f"another job has been starting on this cluster for {deadline_s:.0f} s; "
                     f"wait until it trains, or stop it, then run the command again"
                 ) from error
         time.sleep(0.3)
@@ -90,10 +104,11 @@ def when_there_is_room(
     deadline = time.monotonic() + wait_s
     told = False
     while True:
-        with turn() as give_back:
+        left_s = deadline - time.monotonic()
+        with turn(max(TURN_DEADLINE_S, left_s)) as give_back:
             settled, needs = settle()
-            late = time.monotonic() >= deadline or not on_cluster()
-            missing = _missing(needs, all_roles=not late)
+            late = left_s <= 0 or not on_cluster()
+            missing = _missing(needs, all_roles=not late and has_autoscaler())
             if missing is None:
                 yield settled, give_back
                 return
@@ -102,26 +117,28 @@ def when_there_is_room(
         if not told:
             say(f"waiting for room, {wait_s:.0f} s at most: {missing}")
             told = True
-        _wait_for_room(needs, deadline)
+        _wait_for_room(needs, min(deadline, time.monotonic() + LOOK_PERIOD_S))
 
 
 def _missing(needs: Sequence[Needs], all_roles: bool) -> NoRoomError | None:
     """``all_roles``: no node of one role is taken for another's while that may still come."""
     try:
         for one in needs:
-            if all_roles and one.role and has_roles() and not label_selector(one.role):
-                raise NoRoomError(f"there is no {one.role} node")
+            others = one.others_role if one.other_cpus or one.other_gpus else None
+            for role in (one.role, others) if all_roles and has_roles() else ():
+                if role and not label_selector(role):
+                    raise NoRoomError(f"there is no {role} node")
             preflight(one)
     except NoRoomError as error:
         return error
     return None
 
 
-def _wait_for_room(needs: Sequence[Needs], deadline: float) -> None:
+def _wait_for_room(needs: Sequence[Needs], until: float) -> None:
     """Until the workers could be placed: a placement group that waits is what autoscalers heed.
 
-    Only for a look at what there is, as Ray Train makes a group of its own. Where it is content
-    and the preflight is not (memory, say), a second passes between two looks.
+    Only a sign that it is worth to look again: Ray Train makes a group of its own, and the
+    preflight also knows what cannot be reserved.
     """
     places = _places(needs)
     group = placement_group(
@@ -131,20 +148,29 @@ def _wait_for_room(needs: Sequence[Needs], deadline: float) -> None:
     try:
         time.sleep(1.0)
         # In short waits, which a signal can interrupt.
-        while not group.wait(timeout_seconds=1) and time.monotonic() < deadline:
-            pass
+        with contextlib.suppress(ray.exceptions.RayError):
+            while not group.wait(timeout_seconds=1) and time.monotonic() < until:
+                pass
     finally:
         remove_placement_group(group)
 
 
 def _places(needs: Sequence[Needs]) -> list[tuple[dict[str, float], dict[str, str]]]:
-    """Resources and label selector of every worker, and of the others where no need is theirs."""
+    """Resources and label selector of every worker, and of the others where no need is theirs and
+    no node: those that are there all jobs use in turn.
+    """
     roles = {one.role for one in needs}
     places = []
     for one in needs:
-        worker = {"CPU": one.cpus_per_worker, "GPU": one.gpus_per_worker}
+        worker = {
+            "CPU": one.cpus_per_worker,
+            "GPU": one.gpus_per_worker,
+            "memory": one.memory_bytes_per_worker,
+        }
         places += [(worker, one.role)] * one.num_workers
-        if one.others_role not in roles:
+        if one.others_role not in roles and not (
+            one.others_role and label_selector(one.others_role)
+        ):
             places.append(({"CPU": one.other_cpus, "GPU": one.other_gpus}, one.others_role))
     return [
         ({kind: amount for kind, amount in resources.items() if amount}, _selector(role))
@@ -154,5 +180,7 @@ def _places(needs: Sequence[Needs]) -> list[tuple[dict[str, float], dict[str, st
 
 
 def _selector(role: Role | None) -> dict[str, Any]:
-    """Of nodes that may not be there yet: in a cluster with roles, of this one."""
-    return {ROLE_LABEL: role} if role and has_roles() else {}
+    """As `label_selector`, but where nodes may still come, in a cluster with roles, this one's."""
+    if role and has_roles() and has_autoscaler():
+        return {ROLE_LABEL: role}
+    return label_selector(role) if role else {}

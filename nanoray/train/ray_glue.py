@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -39,6 +40,7 @@ from nanoray.train.stages import run_worker
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
+TRAINER_DEADLINE_S = 600.0  # without any node that could train
 Watcher = Callable[[dict[str, Any]], None]
 # What a worker runs: (plan, world, hooks, step of the checkpoint to go on from) -> summary.
 Run = Callable[[Any, World, Hooks, int], dict[str, Any]]
@@ -73,11 +75,12 @@ def fit(plan: RunPlan, lease: Lease, watch: Watcher, run: Run | None = None) -> 
     thread = threading.Thread(target=fit_in_thread, name="fit", daemon=True)
     verdict: dict[str, Any] = {}
     others: fleet.Role = "rollout" if run else "data"  # who feeds the workers
-    roles = fleet.RoleWatch(("trainer", others), lambda text: watch({"warning": text}))
+    # Without trainers nothing goes on; without the others an evaluation may, which tells nothing.
+    deadlines_s: dict[fleet.Role, float] = {"trainer": TRAINER_DEADLINE_S, others: 3600.0}
+    roles = fleet.RoleWatch(deadlines_s, lambda text: watch({"warning": text}))
 
     def watch_progress(record: dict[str, Any]) -> None:
-        if "loss" in record:
-            roles.progress()
+        roles.progress()
         watch(record)
 
     with _stop_signals(board):
@@ -167,7 +170,7 @@ def _trainer(plan: RunPlan, lease: Lease, board: Any, run: Run | None) -> TorchT
             failure_config=FailureConfig(
                 max_failures=int(plan.config["max_failures"]),
                 # Placements that came too late count here: a lost node may take its time.
-                controller_failure_limit=max(1, int(plan.config["max_failures"])),
+                controller_failure_limit=max(int(plan.config["max_failures"]), _placements()),
             ),
             worker_runtime_env=None if local else {"env_vars": fleet.worker_environment()},
         ),
@@ -237,6 +240,13 @@ def _dataset(plan: StreamRunPlan, board: Any, concurrency: int | None) -> ray.da
     return training_dataset(stream, start.slab, plan.tokenizer_dir, concurrency, nodes)
 
 
+def _placements() -> int:
+    """How many placements may come too late before a lost trainer node counts as lost for good."""
+    return 1 + math.ceil(
+        TRAINER_DEADLINE_S / float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
+    )
+
+
 def _ray_storage(plan: RunPlan) -> str:
     """Where Ray Train keeps its own small files: within the run."""
     return storage.join(plan.run_dir, ".ray")
@@ -271,7 +281,6 @@ def _train_loop(config: dict[str, Any]) -> None:
         attempt=attempt,
     )
     try:
-        _check_device(plan, world)
         summary = (config["run"] or _run_stream)(plan, world, hooks, start_step)
         if world.is_first:
             ray.get(board.conclude.remote(summary), timeout=30)
@@ -282,16 +291,6 @@ def _train_loop(config: dict[str, Any]) -> None:
     finally:
         if stop_watch:
             stop_watch.close()
-
-
-def _check_device(plan: RunPlan, world: World) -> None:
-    """Raise NanorayError where a worker would compute on the CPU beside a GPU that it was given."""
-    if plan.config["gpus_per_worker"] and world.device.type != "cuda":
-        raise NanorayError(
-            f"a worker on {socket.gethostname()} was given a GPU that torch {torch.__version__} "
-            f"cannot use; install a torch that can (and its driver) there, or give "
-            f"--gpus-per-worker 0"
-        )
 
 
 def _start_step(plan: RunPlan, board: Any, run: Run | None) -> int:
