@@ -115,11 +115,32 @@ def test_elastic_training_counts_the_places_of_its_own(
 ) -> None:
     monkeypatch.setattr(fleet, "living_nodes", lambda: nodes)
     scaling = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1.0})
-    policy = ray_glue._PlacedPolicy(scaling, spare_cpus=1)
+    policy = ray_glue._PlacedPolicy(scaling, {"CPU": 1}, "data")
     reserved = {str(number): node["Resources"] for number, node in enumerate(nodes)}
     assert policy._count_possible_workers(reserved) == places
     one_place = {"0": {"CPU": 1.0}}  # another job has the rest
     assert policy._count_possible_workers(one_place) == min(1, places)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "places"),
+    [
+        ([node(None, 8, gpus=8)], 6),  # two GPUs are the rollout actors'
+        ([node("trainer", 8, gpus=8), node("rollout", 2, gpus=2)], 8),
+        ([node("trainer", 8, gpus=4), node(None, 2)], 2),
+        ([node(None, 8, gpus=1)], 0),
+    ],
+)
+def test_an_elastic_learner_leaves_room_for_rollout_actors(
+    nodes: list[Any], places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "living_nodes", lambda: nodes)
+    scaling = ScalingConfig(
+        num_workers=(1, 8), use_gpu=True, resources_per_worker={"CPU": 1.0, "GPU": 1.0}
+    )
+    policy = ray_glue._PlacedPolicy(scaling, {"CPU": 2.0, "GPU": 2.0}, "rollout")
+    reserved = {str(number): node["Resources"] for number, node in enumerate(nodes)}
+    assert policy._count_possible_workers(reserved) == places
 
 
 def test_elastic_training_has_no_place_where_its_role_is_gone(
@@ -132,7 +153,7 @@ def test_elastic_training_has_no_place_where_its_role_is_gone(
     scaling = ScalingConfig(
         num_workers=(1, 8), resources_per_worker={"CPU": 1.0}, label_selector=selector
     )
-    policy = ray_glue._PlacedPolicy(scaling, spare_cpus=1)
+    policy = ray_glue._PlacedPolicy(scaling, {"CPU": 1}, "data")
     reserved = {str(number): node["Resources"] for number, node in enumerate(nodes)}
     assert policy._count_possible_workers(reserved) == 0
     nodes.append(node("trainer"))

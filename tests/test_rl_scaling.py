@@ -125,6 +125,38 @@ def test_the_pool_grows_when_the_learner_waits_and_shrinks_when_it_does_not() ->
     run(scenario())
 
 
+def test_a_pool_that_finds_no_place_for_more_goes_on_with_what_it_has() -> None:
+    async def scenario() -> None:
+        world = World(questions=8, high=8, start_deadline_s=0.2)
+
+        async def takes_time(actor: FakeActor, numbers: Sequence[int]) -> None:
+            await asyncio.sleep(0.02)
+
+        async def only_the_first(actor: FakeActor) -> None:
+            if actor is not world.actors[0]:
+                await asyncio.sleep(60)
+
+        world.before_sample = takes_time  # type: ignore[method-assign]
+        world.start = only_the_first  # type: ignore[method-assign]
+        await world.supervisor.begin("a", 0, None)
+        sizes = []
+        for step in range(20):
+            await world.step(step)
+            world.supervisor.autoscale()
+            sizes.append(world.supervisor.status()["target"])
+        assert max(sizes) == 2, "it waits for one place at a time"
+        world.supervisor.resize(5)
+        await world.step(20)
+        await asyncio.sleep(0.4)
+        status = world.supervisor.status()
+        assert (status["target"], status["error"], status["counts"]["actors_lost"]) == (1, "", 0)
+        assert "found no place within 0.2 s; going on with 1 rollout actors" in world.events
+        await world.step(21)
+        await world.supervisor.close()
+
+    run(scenario())
+
+
 def test_idle_and_busy_times_are_all_of_the_time() -> None:
     async def scenario() -> None:
         world = World(low=2)

@@ -169,27 +169,28 @@ class Ledger:
         """The numbers of the next step's batch, oldest weights first; None: not all are there yet.
 
         With S = 0 they are in order. The batch is smaller than `questions_per_step` where the
-        budget for refills did not suffice.
+        budget for refills did not suffice, and with S > 0 what is there for later steps neither.
 
         Raises:
-            NanorayError: every group was degenerate, the refills too.
+            NanorayError: every group was degenerate, the refills too, and nothing is under way.
         """
         wanted = self.rules.questions_per_step - self._missing
-        if wanted <= 0:
+        if wanted <= 0 and not (self._done or self.flights or self._waiting):
             raise NanorayError(
                 f"no group of step {self.step} teaches anything: in each all samples have the same "
                 f"reward, {self.rules.refill_budget} refills included; take easier or harder "
                 f"problems, a higher --num-samples, or a higher --refill-factor"
             )
         assert all(version >= self._oldest for version in self._done.values())
-        if len(self._done) < wanted:
+        if len(self._done) < max(1, wanted):
             return None
         in_order = sorted(self._done) if self.rules.max_staleness == 0 else list(self._done)
-        batch = sorted(in_order, key=self._done.__getitem__)[:wanted]  # stable
+        batch = sorted(in_order, key=self._done.__getitem__)  # stable
+        batch = batch[: self.rules.questions_per_step]
         for number in batch:
             del self._done[number]
         self._taken.update(batch)
-        self.counts["short_batches"] += self._missing > 0
+        self.counts["short_batches"] += len(batch) < self.rules.questions_per_step
         self.step += 1
         self._begin_step()
         return batch

@@ -26,6 +26,7 @@ def fit(plan: RlPlan, lease: Lease, watch: ray_glue.Watcher) -> dict[str, Any]:
     """
     config = plan.config
     low, high = parse_worker_range(config["rollout_actors"])
+    gpus = float(config["rollout_gpus"] or 0)
     # Not the cores shared among the actors: answers must not depend on how many there are.
     num_threads = max(1, int(config["rollout_cpus"]))
     pool = start_pool(
@@ -34,11 +35,12 @@ def fit(plan: RlPlan, lease: Lease, watch: ray_glue.Watcher) -> dict[str, Any]:
         PoolSettings(low, high, bundle_deadline_s=config["rollout_deadline_s"]),
         run_dir=plan.run_dir,
         num_cpus=config["rollout_cpus"],
-        num_gpus=float(config["rollout_gpus"] or 0),
+        num_gpus=gpus,
     )
     try:
         with events_told(pool, lambda text: watch({"event": text})):
-            return ray_glue.fit(plan, lease, watch, partial(_run, pool))
+            feeders = {"CPU": low * config["rollout_cpus"], "GPU": low * gpus}
+            return ray_glue.fit(plan, lease, watch, partial(_run, pool), feeders)
     finally:
         close_pool(pool)
 

@@ -18,6 +18,10 @@ class ActorLostError(Exception):
     """An actor is gone or of no use; says why."""
 
 
+class LateError(ActorLostError):
+    """An actor did not answer in time."""
+
+
 class WeightsLostError(Exception):
     """The weights went with the process that published them."""
 
@@ -102,8 +106,8 @@ def clock_status(clock: StateClock, now_s: float) -> dict[str, Any]:
 
 
 async def within(answer: Awaitable[Answer], deadline_s: float, what: str) -> Answer:
-    """What an actor answers. Raises ActorLostError: it does not do so in time."""
+    """What an actor answers. Raises LateError: it does not do so in time."""
     try:
         return await asyncio.wait_for(answer, deadline_s)
     except TimeoutError as error:
-        raise ActorLostError(f"no {what} within {deadline_s:g} s") from error
+        raise LateError(f"no {what} within {deadline_s:g} s") from error

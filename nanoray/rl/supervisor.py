@@ -20,6 +20,7 @@ from nanoray.rl.journal import Journal
 from nanoray.rl.ledger import Flight, Ledger, LedgerRules, spans
 from nanoray.rl.seat import (
     ActorLostError,
+    LateError,
     Rollouts,
     Seat,
     Weights,
@@ -212,6 +213,8 @@ class Supervisor:
         if shares is None or self._pinned:
             return
         size = better_size(self._target, self._settings.low, self._settings.high, *shares)
+        if size > self._target and any(s.clock.state == "starting" for s in self._seats.values()):
+            return  # where one waits for its place, there is none for another
         waited, idle = shares
         self._scale(size, f": the learner waited {waited:.0%} of the time, the actors {idle:.0%}")
 
@@ -268,6 +271,11 @@ class Supervisor:
             while not (seat.leaving or self._error):
                 if not await self._work(seat):
                     await self._news.wait()
+        except LateError as error:
+            if seat.clock.state == "starting" and self._target > self._settings.low:
+                self._do_without(seat)
+            else:
+                self._lose(seat, str(error))
         except ActorLostError as error:
             self._lose(seat, str(error))
         except Exception as error:  # a user's mistake, or a bug: the learner shall have it
@@ -317,6 +325,15 @@ class Supervisor:
             {group.number for group in groups if group.degenerate},
         )
         self._groups |= {group.number: group for group in groups if group.number in kept}
+
+    def _do_without(self, seat: Seat) -> None:
+        """An actor beyond the least number found no place: that is no loss."""
+        if not seat.leaving:
+            self._target -= 1
+            self.journal.tell(
+                f"{seat} has found no place within {self._settings.start_deadline_s:g} s; going on "
+                f"with {self._target} rollout actors"
+            )
 
     def _lose(self, seat: Seat, reason: str) -> None:
         """An actor is lost; what it was sampling waits again."""

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -46,7 +46,13 @@ Watcher = Callable[[dict[str, Any]], None]
 Run = Callable[[Any, World, Hooks, int], dict[str, Any]]
 
 
-def fit(plan: RunPlan, lease: Lease, watch: Watcher, run: Run | None = None) -> dict[str, Any]:
+def fit(
+    plan: RunPlan,
+    lease: Lease,
+    watch: Watcher,
+    run: Run | None = None,
+    feeders: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Run a plan on the connected cluster until it is finished, stopped or beyond help.
 
     SIGTERM and SIGINT make the workers finish their step, save, and end.
@@ -54,6 +60,7 @@ def fit(plan: RunPlan, lease: Lease, watch: Watcher, run: Run | None = None) -> 
     Args:
         watch: gets every record that the first worker posts, in order.
         run: what each worker runs; None: the stage of the plan, fed by Ray Data.
+        feeders: logical resources that elastic training leaves to those who feed such a ``run``.
 
     Returns:
         The run's summary.
@@ -63,7 +70,7 @@ def fit(plan: RunPlan, lease: Lease, watch: Watcher, run: Run | None = None) -> 
             more often than ``max_failures`` allows.
     """
     board = fleet.start_board(f"nanoray-board-{plan.run}-{lease.token[:8]}")
-    trainer = _trainer(plan, lease, board, run)
+    trainer = _trainer(plan, lease, board, run, feeders)
     outcome: dict[str, Any] = {}
 
     def fit_in_thread() -> None:
@@ -142,7 +149,13 @@ def _stop_signals(board: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _trainer(plan: RunPlan, lease: Lease, board: Any, run: Run | None) -> TorchTrainer:
+def _trainer(
+    plan: RunPlan,
+    lease: Lease,
+    board: Any,
+    run: Run | None,
+    feeders: Mapping[str, float] | None,
+) -> TorchTrainer:
     low, high = parse_worker_range(plan.config["num_workers"])
     gpus = float(plan.config["gpus_per_worker"] or 0)
     resources = {"CPU": float(plan.config["cpus_per_worker"])} | ({"GPU": gpus} if gpus else {})
@@ -182,8 +195,11 @@ def _trainer(plan: RunPlan, lease: Lease, board: Any, run: Run | None) -> TorchT
         ),
     )
     if low < high:
-        # Workers that take every CPU would starve the tasks that feed them.
-        trainer.policy = _PlacedPolicy(scaling, 0 if gpus else DATA_CPUS)
+        # Workers that take every CPU would starve those who feed them.
+        if run is None:
+            trainer.policy = _PlacedPolicy(scaling, {"CPU": 0 if gpus else DATA_CPUS}, "data")
+        else:
+            trainer.policy = _PlacedPolicy(scaling, feeders or {}, "rollout")
     return trainer
 
 
@@ -194,9 +210,11 @@ class _PlacedPolicy(ElasticScalingPolicy):
     after the loss of a node it would ask for places that are not its own, or starve its own data.
     """
 
-    def __init__(self, scaling: ScalingConfig, spare_cpus: float) -> None:
+    def __init__(
+        self, scaling: ScalingConfig, spare: Mapping[str, float], spare_role: fleet.Role
+    ) -> None:
         super().__init__(scaling)
-        self._spare_cpus = spare_cpus
+        self._spare, self._spare_role = spare, spare_role
 
     def _count_possible_workers(self, reserved: Any) -> int:
         nodes = fleet.living_nodes()
@@ -204,16 +222,19 @@ class _PlacedPolicy(ElasticScalingPolicy):
         selector = self.scaling_config.label_selector
         if selector and not fleet.label_selector("trainer"):
             return 0  # the last of them is gone, and the workers can be placed nowhere else
-        elsewhere = [node for node in fleet.nodes_for("data", nodes) if node not in trainers]
+        others = fleet.nodes_for(self._spare_role, nodes)
+        elsewhere = [node for node in others if node not in trainers]
         wanted = self.scaling_config._resources_per_worker_not_none
         places = fleet.count_places(trainers, wanted)
-        if _cpus(elsewhere) < self._spare_cpus:
-            places = min(places, int((_cpus(trainers) - self._spare_cpus) // wanted["CPU"]))
+        for kind, amount in self._spare.items():
+            if amount and wanted.get(kind) and _total(elsewhere, kind) < amount:
+                left = _total(trainers, kind) - amount
+                places = min(places, max(0, int(left / wanted[kind] + 1e-9)))
         return min(places, super()._count_possible_workers(reserved))
 
 
-def _cpus(nodes: Sequence[dict[str, Any]]) -> float:
-    return sum(float(node["Resources"].get("CPU", 0)) for node in nodes)
+def _total(nodes: Sequence[dict[str, Any]], kind: str) -> float:
+    return sum(float(node["Resources"].get(kind, 0)) for node in nodes)
 
 
 class _PlacedTrainer(TorchTrainer):
