@@ -53,6 +53,9 @@ def status(config: RlStatusConfig) -> int:
         f"{found['version']}, learner {learner['state']} for {learner['age_s']:.0f} s",
         markup=False,
     )
+    waited, trained = learner.get("waiting_s", 0.0), learner.get("training_s", 0.0)
+    if waited + trained:
+        console.print(f"learner: idle {waited / (waited + trained):.0%} of its time so far")
     states = [f"{number} {state.replace('_', ' ')}" for state, number in queue.items()]
     events = [f"{number} {what.replace('_', ' ')}" for what, number in counts.items()]
     console.print(f"groups: {', '.join(states)}; so far {', '.join(events)}")

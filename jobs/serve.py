@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -9,17 +10,19 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from nanoray.checkpoint import find_checkpoint
 from nanoray.config import ChatServiceConfig, ModelChoice, ServeConfig, parse_worker_range, run_job
 from nanoray.errors import NanorayError
 
 
 def main(argv: Sequence[str]) -> int:
     config = ServeConfig.parse(argv, "python -m jobs.serve")
-    models = tuple(_pin(model) for model in config.models())
+    from serve.pin import pinned
+
+    models = tuple(pinned(model) for model in config.models())
     if config.export_tokenizer is not None:
         return export_tokenizer(models, config.export_tokenizer)
     from serve.keys import read_api_keys
@@ -75,7 +78,7 @@ def serve(config: ServeConfig, models: tuple[ModelChoice, ...]) -> int:
                 stop.wait()
                 print("finishing the answers under way (Ctrl-C again: not)", flush=True)
             finally:
-                _end(serve_is_ours)
+                _end(config, serve_is_ours)
     finally:
         ray.shutdown()
     return 0
@@ -107,21 +110,22 @@ def _check_others(config: ServeConfig) -> bool:
     return client is not None
 
 
-def _end(serve_is_ours: bool) -> None:
+def _end(config: ServeConfig, serve_is_ours: bool) -> None:
     """End our application once it has answered, and the Serve that we started if it serves nothing
     else. Must not hide why it ends.
     """
     from ray import serve as ray_serve
 
-    from serve.app import NAME
+    from serve.app import NAME, PROXY_PATIENCE_S
 
-    try:
-        ray_serve.delete(NAME)  # shutdown() alone ends the proxy at once, and cuts every stream
-    except ray_serve.exceptions.RayServeException:  # Serve did not start
-        return
-    except TimeoutError as error:
-        print(f"warning: some answers were cut ({error})", file=sys.stderr)
-    if serve_is_ours and not set(ray_serve.status().applications) - {NAME}:
+    with contextlib.suppress(ray_serve.exceptions.RayServeException):  # Serve did not start
+        # shutdown() alone ends the proxy at once, and cuts every stream. Serve itself ends replicas
+        # that take longer than an answer may.
+        ray_serve.delete(NAME, _blocking=False)
+        deadline = time.monotonic() + config.request_timeout_s + 2 * PROXY_PATIENCE_S
+        while NAME in ray_serve.status().applications and time.monotonic() < deadline:
+            time.sleep(0.2)
+    if serve_is_ours and not ray_serve.status().applications:
         ray_serve.shutdown()
 
 
@@ -135,7 +139,7 @@ def _stop(stop: threading.Event) -> None:
 def _deploy(config: ServeConfig, models: tuple[ModelChoice, ...]) -> None:
     from ray import serve as ray_serve
 
-    from serve.app import NAME, AppArgs, build
+    from serve.app import NAME, PROXY_PATIENCE_S, AppArgs, build
 
     service = ChatServiceConfig(
         models=models,
@@ -153,8 +157,13 @@ def _deploy(config: ServeConfig, models: tuple[ModelChoice, ...]) -> None:
         num_slots=config.num_slots,
         max_queue=config.max_queue,
     )
+    http = {
+        "host": config.host,
+        "port": config.port,
+        "request_timeout_s": config.request_timeout_s + PROXY_PATIENCE_S,
+    }
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray_serve.start(http_options={"host": config.host, "port": config.port})
+    ray_serve.start(http_options=http)
     try:
         ray_serve.run(build(args, service), name=NAME, route_prefix=config.root_path)
     except RuntimeError as error:
@@ -188,12 +197,6 @@ def _needs(config: ServeConfig, models: Sequence[ModelChoice]) -> Any:
         paths=tuple(model.run for model in models if model.run.startswith("/")),
         flags="--replicas or --{}-per-replica",
     )
-
-
-def _pin(model: ModelChoice) -> ModelChoice:
-    """The very step that is the last one now: a replica that starts later shall serve it, too."""
-    root, step = find_checkpoint(model.run, model.step)
-    return model.model_copy(update={"run": root.removesuffix("/checkpoints"), "step": step})
 
 
 def export_tokenizer(models: Sequence[ModelChoice], folder: str) -> int:

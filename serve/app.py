@@ -12,6 +12,7 @@ changes, `serve deploy` changes it in the replicas that run, and no answer is cu
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,6 +28,7 @@ from serve.host import Host
 from serve.http import HttpSettings, make_app
 from serve.keys import read_api_keys
 from serve.observe import Observer
+from serve.pin import pinned
 from serve.ray_meter import RayMeter
 
 NAME = "chat"
@@ -35,6 +37,10 @@ _HEALTH_DEADLINE_S = 20.0
 _GAUGES_EVERY_S = 2.0
 # Beside the answers that are written: the page, /health, requests about to be refused.
 _SPARE_REQUESTS = 8
+# A config that was refused is tried again: a store may have been out of reach for a moment.
+_RETRY_EVERY_S = 30.0
+# The answer's own deadline comes first, and says more than what Serve's proxy can.
+PROXY_PATIENCE_S = 10.0
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 
 
@@ -46,6 +52,8 @@ class Chat:
         # Below Serve's logger, so that it reaches the session's log files.
         self._observer = Observer(RayMeter(), logging.getLogger("ray.serve.access"))
         self._http: ASGIApp | None = None
+        self._config: dict[str, Any] = {}  # the one that was asked for last
+        self._changing = asyncio.Lock()
         self._watch = asyncio.get_running_loop().create_task(self._watch_engines())
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -60,20 +68,29 @@ class Chat:
         """Serve what the config says; on return it does.
 
         Raises if this replica has never served: Serve tells why, and tries again. A replica that
-        serves keeps doing so instead, and tells it in its log and in /stats: Serve would stop it.
+        serves keeps doing so instead, tells it in its log and in /stats (Serve would stop it), and
+        tries again now and then.
         """
+        self._config = user_config
         try:
-            config = _parse(user_config)
-            keys = read_api_keys(config.api_keys_file)
-            await asyncio.to_thread(self._host.reconfigure, config)
+            await self._apply(user_config)
         except Exception as error:
             if self._http is None:
                 raise
-            told = str(error) if isinstance(error, NanorayError) else repr(error)
-            self._host.refused = told
-            _logger.error(f"the new config is refused, the old one stays: {told}")
-            return
-        self._host.refused = None
+            self._host.refused = _told(error)
+            _logger.error(f"the new config is refused, the old one stays: {self._host.refused}")
+
+    async def _apply(self, user_config: dict[str, Any]) -> None:
+        async with self._changing:
+            if user_config is not self._config:
+                return  # another one has come meanwhile
+            config = _parse(user_config)
+            keys = read_api_keys(config.api_keys_file)
+            await asyncio.to_thread(self._host.reconfigure, config)
+            self._host.refused = None
+            self._serve(config, keys)
+
+    def _serve(self, config: ChatServiceConfig, keys: tuple[str, ...]) -> None:
         settings = HttpSettings(
             api_keys=keys,
             max_body_bytes=config.max_body_bytes,
@@ -87,9 +104,27 @@ class Chat:
         await self._host.health(_HEALTH_DEADLINE_S)
 
     async def _watch_engines(self) -> None:
+        next_try_s = time.monotonic() + _RETRY_EVERY_S
         while True:
             self._observer.engines(self._host.stats()["models"])
             await asyncio.sleep(_GAUGES_EVERY_S)
+            if time.monotonic() > next_try_s:
+                await self._retry()
+                next_try_s = time.monotonic() + _RETRY_EVERY_S
+
+    async def _retry(self) -> None:
+        if self._host.refused is None:
+            return
+        try:
+            await self._apply(self._config)
+        except Exception as error:
+            self._host.refused = _told(error)
+        else:
+            _logger.info("the config that was refused is taken now")
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, NanorayError) else repr(error)
 
 
 def _parse(user_config: dict[str, Any]) -> ChatServiceConfig:
@@ -111,7 +146,7 @@ _deployment: Deployment = serve.deployment(
     health_check_period_s=10,
     health_check_timeout_s=2 * _HEALTH_DEADLINE_S,
     graceful_shutdown_wait_loop_s=0.5,
-    graceful_shutdown_timeout_s=60,
+    graceful_shutdown_timeout_s=300 + PROXY_PATIENCE_S,
     # New code starts beside the old; what does not come up never replaces what serves.
     max_surge_percent=100,
     logging_config={"enable_access_log": False},  # ours tells more
@@ -139,7 +174,7 @@ def app(args: AppArgs) -> Application:
     user_config = None
     if args.run is not None:
         user_config = ChatServiceConfig(
-            models=parse_models(args.run),
+            models=tuple(pinned(model) for model in parse_models(args.run)),
             num_slots=args.num_slots,
             num_threads=args.cpus_per_replica,
         )
@@ -167,5 +202,6 @@ def build(args: AppArgs, config: ChatServiceConfig | None) -> Application:
     else:
         options["num_replicas"] = low
     if config is not None:
+        options["graceful_shutdown_timeout_s"] = config.request_timeout_s + PROXY_PATIENCE_S
         options["user_config"] = config.model_dump(mode="json")
     return _deployment.options(**options).bind()

@@ -88,6 +88,15 @@ def unavailable() -> ApiError:
     )
 
 
+def too_much() -> ApiError:
+    """More is waiting for the model's slots than would be answered soon."""
+    return ApiError(
+        429,
+        "all slots are taken and many sequences wait for one: ask again in a moment.",
+        headers={"retry-after": "2"},
+    )
+
+
 def as_api_error(error: Exception) -> ApiError:
     """How the client is told what was raised while its request was checked."""
     # Not above: it loads torch, which Serve's proxies (see serve/proxy.py) do without.

@@ -71,13 +71,14 @@ class Host:
     was asked of an engine that is replaced is answered by it before it is closed.
 
     Args:
-        drain_s: how long a replaced engine may take to finish its answers.
+        drain_s: how long a replaced engine may take to finish its answers; None: as long as the
+            config lets an answer take.
 
     Attributes:
         refused: why the latest config was not taken, if it was not.
     """
 
-    def __init__(self, drain_s: float = 300.0) -> None:
+    def __init__(self, drain_s: float | None = None) -> None:
         self.refused: str | None = None
         self._drain_s = drain_s
         self._served: Mapping[str, ServedModel] = {}
@@ -132,8 +133,9 @@ class Host:
             self._served = {change.choice.name: change.result for change in planned}
             self._shapes = {change.choice.name: change.shape for change in planned}
         _settle()
+        drain_s = config.request_timeout_s if self._drain_s is None else self._drain_s
         for engine in [*gone, *filter(None, replaced)]:
-            self._drain(engine)
+            self._drain(engine, drain_s)
 
     async def health(self, deadline_s: float = 5.0) -> None:
         """Return if every engine computes. An idle one computes a token, a busy one must go on.
@@ -156,12 +158,12 @@ class Host:
         old = self._served.get(choice.name)
         return _Change(choice, config, old, self._shapes.get(choice.name))
 
-    def _drain(self, engine: Engine) -> None:
+    def _drain(self, engine: Engine, drain_s: float) -> None:
         self._draining.add(engine)
-        threading.Thread(target=self._close_when_idle, args=(engine,), daemon=True).start()
+        threading.Thread(target=self._close_when_idle, args=(engine, drain_s), daemon=True).start()
 
-    def _close_when_idle(self, engine: Engine) -> None:
-        deadline = time.monotonic() + self._drain_s
+    def _close_when_idle(self, engine: Engine, drain_s: float) -> None:
+        deadline = time.monotonic() + drain_s
         idle_since = time.monotonic()
         while (now := time.monotonic()) < deadline and now - idle_since < _IDLE_S:
             stats = engine.stats()

@@ -71,17 +71,18 @@ class _Answer:
         self._started = True
         if message["status"] in _TELLS and content_type.startswith(b"text/plain"):
             # The proxy's own words: the application speaks JSON.
-            retry_after = headers.get(b"retry-after", b"").decode()
-            kept = {"retry-after": retry_after} if retry_after else {}
             status = message["status"]
-            await self._replace(ApiError(status, _TELLS[status], headers=kept))
+            kept = {"retry-after": headers.get(b"retry-after", b"1").decode()}
+            await self._replace(
+                ApiError(status, _TELLS[status], headers=kept if status in (429, 503) else {})
+            )
             return
         self._is_stream = content_type.startswith(b"text/event-stream")
         await self._send(message)
 
     async def end(self) -> None:
         """Nothing more comes; if the client has left, nobody reads what is sent now."""
-        lost = ApiError(502, _LOST, code="replica_lost")
+        lost = ApiError(502, _LOST, code="replica_lost", headers={"retry-after": "1"})
         if not self._started:
             await self._replace(lost)
         elif self._is_stream and not self._complete:

@@ -14,12 +14,16 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from nanoray.engine import Delta, PromptScore, SamplingParams
-from serve.errors import ApiError, as_api_error, unavailable
+from serve.errors import ApiError, as_api_error, too_much, unavailable
 from serve.host import Host, ServedModel
 from serve.schemas import PromptTokensDetails, SamplingFields, Usage
 
 if TYPE_CHECKING:
     from serve.observe import Observer
+
+# Serve bounds the requests, but one may ask for a thousand sequences (a batch of prompts, `n`),
+# which may wait where nothing else does. For each slot:
+_MAX_WAITING_PER_SLOT = 4
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Run:
         prefix: of the answer's id.
 
     Raises:
-        ApiError: a prompt is longer than the context.
+        ApiError: a prompt is longer than the context, or too many sequences wait already.
     """
 
     def __init__(
@@ -74,6 +78,10 @@ class Run:
                     f"{served.engine.max_len:,}: shorten it.",
                     code="context_length_exceeded",
                 )
+        stats = served.engine.stats()
+        waiting = stats["waiting"] + sum(each.n for each in params)
+        if stats["waiting"] and waiting > _MAX_WAITING_PER_SLOT * stats["num_slots"]:
+            raise too_much()
         route = request.url.path.removeprefix(request.scope.get("root_path", ""))
         self._record = service.observer.request(route, served.name, request_id=self.id)
 

@@ -322,7 +322,9 @@ class ErrorDetail(BaseModel):
     """What is wrong, and what to do; `param` is the field to blame, `code` is for programs."""
 
     message: str
-    type: Literal["invalid_request_error", "authentication_error", "server_error"]
+    type: Literal[
+        "invalid_request_error", "authentication_error", "rate_limit_error", "server_error"
+    ]
     param: str | None
     code: str | None
 

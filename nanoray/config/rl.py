@@ -67,7 +67,7 @@ class RlConfig(TrainConfig):
         0, ge=0, description="optimiser steps that sampling may be behind (0: synchronous)"
     )
     rollout_deadline_s: float = Field(
-        600, gt=0, description="an actor that takes longer for its problems is replaced"
+        600, gt=0, description="an actor that takes longer to sample its problems is replaced"
     )
     reward_deadline_s: float = Field(10, gt=0, description="for judging one answer")
 

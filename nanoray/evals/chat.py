@@ -238,7 +238,7 @@ class TaskScore:
         accuracy: mean share of right answers, 0 to 1.
         low, high: its 95 % confidence interval, for examples as drawn from a population.
         centered: accuracy with guessing as 0.
-        pass_at: k -> pass@k, for 1, 2, 4, ... and the number of samples.
+        pass_at: k -> pass@k, for 1 to 8 (as nanochat) and the number of samples.
         num_problems: examples with an answer missing or failed (they count as wrong).
     """
 
@@ -262,7 +262,7 @@ def task_score(task: Task, results: Iterable[ExampleResult]) -> TaskScore:
     if not merged:
         raise NanorayError(f"{task.name} has no examples to evaluate; take a larger slice")
     num_samples = max(1, max(len(result.completions) for result in merged.values()))
-    ks = sorted({1 << i for i in range(num_samples.bit_length())} | {num_samples})
+    ks = sorted({*range(1, min(8, num_samples) + 1), num_samples})
     ordered = [merged[index] for index in range(len(task))]
     pass_at = {
         k: sum(pass_at_k(num_samples, result.num_correct, k) for result in ordered) / len(ordered)

@@ -11,6 +11,7 @@ from nanoray.errors import NanorayError
 from nanoray.rl.algorithms import Algorithm, Average
 
 _STD_EPS = 1e-6
+_MAX_WEIGHT = 5.0  # of the algorithms that bound the objective; the others have their own
 _MAX_LOG_RATIO = 20.0  # exp() of it is finite, and no bound lies so high
 
 
@@ -97,6 +98,10 @@ def policy_loss(
         lengths_B1 = mask_BT.sum(1, keepdim=True).clamp(min=1)
         log_ratio_BT = (log_ratio_BT.sum(1, keepdim=True) / lengths_B1).expand_as(log_ratio_BT)
     ratio_BT = log_ratio_BT.clamp(max=_MAX_LOG_RATIO).exp()
+    if algorithm.bound == "objective":
+        # A bad token that has got likelier keeps its gradient, but with a weight that is truncated.
+        one_BT = (log_ratio_BT - log_ratio_BT.detach()).exp()
+        ratio_BT = torch.where(ratio_BT > _MAX_WEIGHT, _MAX_WEIGHT * one_BT, ratio_BT)
     clipped_BT = ratio_BT.clamp(algorithm.low, algorithm.high)
     advantages_B1 = advantages_B.to(logprobs_BT.dtype).unsqueeze(1)
     if algorithm.bound == "objective":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # a plan is made without torch, which takes seconds to import
     from nanoray.evals.chat_suite import ChatSuite
     from nanoray.rl.sampler import SamplerSettings
 
+_REWARD_WORKERS = 2  # processes of each rollout actor
 _MAX_SLOTS = 64  # more rows make a decoding step longer, not better
 _MAX_CHECKED = 20_000  # prompts that are measured before a start: a second or two
 
@@ -226,6 +228,16 @@ def ledger_rules(plan: RlPlan) -> LedgerRules:
     )
 
 
+def bundle_deadline_s(plan: RlPlan) -> float:
+    """What a rollout actor may take for a bundle: to sample it, and to have it judged even where
+    every reward takes all of its time.
+    """
+    config = plan.config
+    answers = config["questions_per_call"] * config["num_samples"]
+    judged_s = math.ceil(answers / _REWARD_WORKERS) * (config["reward_deadline_s"] + 1)
+    return float(config["rollout_deadline_s"] + judged_s)
+
+
 def sampler_settings(plan: RlPlan, num_threads: int) -> SamplerSettings:
     """What a rollout actor is made from."""
     from nanoray.rl.sampler import SamplerSettings
@@ -242,6 +254,7 @@ def sampler_settings(plan: RlPlan, num_threads: int) -> SamplerSettings:
         seed=config["seed"],
         num_threads=num_threads,
         dtype=config["dtype"],
+        reward_workers=_REWARD_WORKERS,
         num_slots=min(_MAX_SLOTS, config["questions_per_call"] * config["num_samples"]),
         reward_deadline_s=config["reward_deadline_s"],
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from nanoray.config import parse_worker_range
 from nanoray.lease import Lease
-from nanoray.rl.plan import RlPlan, ledger_rules, sampler_settings
+from nanoray.rl.plan import RlPlan, bundle_deadline_s, ledger_rules, sampler_settings
 from nanoray.rl.pool import PoolClient, PoolSettings, close_pool, events_told, start_pool
 from nanoray.rl.worker import RlWorker
 from nanoray.train import ray_glue
@@ -32,7 +32,7 @@ def fit(plan: RlPlan, lease: Lease, watch: ray_glue.Watcher) -> dict[str, Any]:
     pool = start_pool(
         sampler_settings(plan, num_threads).open,
         ledger_rules(plan),
-        PoolSettings(low, high, bundle_deadline_s=config["rollout_deadline_s"]),
+        PoolSettings(low, high, bundle_deadline_s=bundle_deadline_s(plan)),
         run_dir=plan.run_dir,
         num_cpus=config["rollout_cpus"],
         num_gpus=gpus,

@@ -145,7 +145,7 @@ class RlWorker(TrainWorker):
             "broadcast_s": broadcast_s,
             "learner_tokens_per_s": tokens / (time.perf_counter() - start - wait_s),
             "epoch": max(group.number for group in groups) // self.plan.num_questions,
-            **_describe(groups, step, self.config["max_new_tokens"]),
+            **_describe(groups, step),
             **figures,
             **taken.figures,
         }
@@ -187,10 +187,11 @@ class RlWorker(TrainWorker):
         return dict(self.progress.evals)
 
 
-def _describe(groups: Sequence[Group], step: int, max_new_tokens: int) -> dict[str, float]:
+def _describe(groups: Sequence[Group], step: int) -> dict[str, float]:
     """Rewards, lengths and staleness of a step's answers."""
     rewards = np.array([group.rewards for group in groups])
     lengths = np.array([len(s.tokens) for group in groups for s in group.samples])
+    reasons = [s.finish_reason for group in groups for s in group.samples]
     staleness = np.array([step - group.version for group in groups])
     best, worst = rewards.max(1), rewards.min(1)
     solved_all, solved_none = float((worst == 1).mean()), float((best == 0).mean())
@@ -203,7 +204,7 @@ def _describe(groups: Sequence[Group], step: int, max_new_tokens: int) -> dict[s
         "reward_problems": sum(bool(s.problem) for group in groups for s in group.samples),
         "response_length": float(lengths.mean()),
         "response_length_max": float(lengths.max()),
-        "response_clipped": float((lengths >= max_new_tokens).mean()),
+        "response_clipped": float(np.mean([reason == "length" for reason in reasons])),
         "staleness": float(staleness.mean()),
         "staleness_max": float(staleness.max()),
     }
