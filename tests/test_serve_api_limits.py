@@ -7,12 +7,13 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 from engine_models import one_thread  # noqa: F401
-from serve_models import SmallHost, app_of, running, small_host
+from serve_models import SPECIAL, SmallHost, app_of, running, small_host
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -358,3 +359,24 @@ def test_no_log_has_a_word_of_what_was_asked_or_a_key(
     assert canary not in told
     assert KEYS[0] not in told
     assert KEYS[0] not in repr(app_of.__globals__["HttpSettings"](api_keys=KEYS))
+
+
+# ---- many sequences
+
+
+def test_a_batch_may_wait_but_not_behind_another(client: httpx.Client, host: SmallHost) -> None:
+    """4 slots: 16 sequences may wait, more where nothing else does."""
+    batch = {"model": "base", "prompt": ["a"] * 30, "max_tokens": 300, "temperature": 1}
+    batch["logit_bias"] = {str(token): -100 for token in SPECIAL.values()}
+    engine = host.model("base").engine
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, "/v1/completions", json=batch)
+        deadline = time.monotonic() + 20
+        while not engine.stats()["waiting"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        told = refused(client.post("/v1/completions", json=batch), 429)
+        assert told["type"] == "rate_limit_error"
+        assert "ask again" in told["message"]
+        assert len(first.result(60).json()["choices"]) == 30
+    assert client.post("/v1/completions", json=batch | {"max_tokens": 1}).status_code == 200
