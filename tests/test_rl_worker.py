@@ -70,6 +70,8 @@ def test_a_run_to_its_end_and_what_it_leaves(base: str) -> None:
     assert all(abs(record["ratio_mean"] - 1) < 1e-3 for record in steps)
     trained = [group.number for step in worker._rollouts.steps for group in step]
     assert trained == list(range(12)), "each problem once, in order"
+    *_, last = Path(plan.run_dir, "samples.md").read_text().split("Held out, as evaluated last:")
+    assert last.count(" of 2 right)") > 1
 
 
 def test_stopped_and_resumed_it_is_bitwise_the_same(

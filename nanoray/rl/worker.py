@@ -22,7 +22,7 @@ from nanoray.rl.groups import Group
 from nanoray.rl.learner import Learner, Scoring, batch_hash
 from nanoray.rl.plan import RlPlan
 from nanoray.rl.supervisor import Taken
-from nanoray.train.chat_evals import ask_together, chat_samples
+from nanoray.train.chat_evals import ask_together, chat_samples, held_out_samples
 from nanoray.train.worker import Hooks, StepOutcome, TrainWorker
 from nanoray.train.world import World
 
@@ -70,6 +70,7 @@ class RlWorker(TrainWorker):
         self, plan: RlPlan, world: World, hooks: Hooks, start_step: int, rollouts: Rollouts
     ) -> None:
         self._ledger: Mapping[str, Any] | None = None
+        self._held_out = ""  # of the last evaluation, if this start has made one
         super().__init__(plan, world, hooks, start_step)
         self._rollouts = rollouts
         config = self.config
@@ -170,7 +171,9 @@ class RlWorker(TrainWorker):
 
     def _evaluate_now(self, when: str) -> dict[str, Any]:
         start = time.perf_counter()
-        metrics = ask_together(self.plan.eval_suite, self.model, self.tokenizer, self.world)
+        report = ask_together(self.plan.eval_suite, self.model, self.tokenizer, self.world)
+        self._held_out = held_out_samples(report)
+        metrics = report.metrics
         pass_at = {"pass@1": metrics[f"chat/{self.config['task']}"]} | {
             name.rsplit("/", 1)[1]: value for name, value in metrics.items() if "/pass@" in name
         }
@@ -181,7 +184,9 @@ class RlWorker(TrainWorker):
         return dict(pass_at)
 
     def _sample_text(self) -> str:
-        return chat_samples(self.model, self.tokenizer, self.progress.step)
+        fixed = chat_samples(self.model, self.tokenizer, self.progress.step)
+        held_out = f"\nHeld out, as evaluated last:\n\n{self._held_out}"
+        return fixed + held_out if self._held_out else fixed
 
     def _own_metrics(self) -> dict[str, Any]:
         return dict(self.progress.evals)

@@ -58,7 +58,7 @@ class SftWorker(StreamWorker):
         suite, every = self.plan.chat_suite, self.config["chatcore_every"]
         if suite is None or not (last or (every and self.progress.step % every == 0)):
             return record
-        metrics = ask_together(suite, self.model, self.tokenizer, self.world)
+        metrics = ask_together(suite, self.model, self.tokenizer, self.world).metrics
         self.progress.evals = metrics
         if self.log:
             self.log.log({"step": self.progress.step, **metrics})
