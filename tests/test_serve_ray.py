@@ -241,6 +241,32 @@ def test_errors_of_the_proxy_have_the_apis_form(cluster: Cluster) -> None:
     assert httpx.get(f"{cluster.url}/v1/models").status_code == 401
 
 
+@pytest.mark.soak
+def test_replicas_follow_the_load(cluster: Cluster) -> None:
+    config = cluster.config(models=[model(20)])
+    deployment = config["applications"][0]["deployments"][0]
+    del deployment["num_replicas"]
+    deployment["autoscaling_config"] = {
+        **{"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2},
+        **{"upscale_delay_s": 1, "downscale_delay_s": 5},
+    }
+    cluster.deploy(config)
+    wait_for(lambda: len(cluster.replicas()) == 1, 90, "one replica")
+
+    async def load() -> None:
+        async with client(cluster) as http:
+            while len(cluster.replicas()) < 2:
+                streams = await start_streams(http, 6, 1500)
+                for text, reason, error in await asyncio.gather(*streams):
+                    assert (text, reason, error) == ("cd" * 750, "length", None)
+
+    asyncio.run(asyncio.wait_for(load(), 120))
+    wait_for(lambda: len(cluster.replicas()) == 1, 120, "one replica")
+    cluster.deploy(cluster.config(models=[model(20)]))
+    wait_for(lambda: len(cluster.replicas()) == 2, 90, "two replicas")
+    wait_for(cluster.is_running, 60, "the service")
+
+
 def test_the_job_leaves_alone_what_others_serve(cluster: Cluster) -> None:
     port = cluster.url.rsplit(":", 1)[1]
     refused = cluster.job("--run", "talk", "--step", "20", "--port", port)
