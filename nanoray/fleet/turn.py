@@ -36,7 +36,7 @@ class _Turn:
 
 
 @contextlib.contextmanager
-def turn(deadline_s: float = TURN_DEADLINE_S) -> Iterator[Callable[[], None]]:
+def turn(deadline_s: float = 0.0) -> Iterator[Callable[[], None]]:
     """The right to look for room on the cluster and to take it; yields what gives it back early.
 
     Two jobs that find the same room free could each take half of what both need, and wait for ever
@@ -44,12 +44,13 @@ def turn(deadline_s: float = TURN_DEADLINE_S) -> Iterator[Callable[[], None]]:
     It goes back by itself after `HELD_DEADLINE_S`: a job that cannot start must not hold up others.
 
     Raises:
-        NanorayError: others have been starting for ``deadline_s``.
+        NanorayError: others have been starting for ``deadline_s``, or `TURN_DEADLINE_S` if that is
+            longer.
     """
     if not on_cluster():  # a Ray of one's own
         yield lambda: None
         return
-    actor = _take(deadline_s)
+    actor = _take(max(deadline_s, TURN_DEADLINE_S))
 
     def give_back() -> None:
         with contextlib.suppress(Exception):  # it must not hide why a run ends
@@ -105,7 +106,7 @@ def when_there_is_room(
     told = False
     while True:
         left_s = deadline - time.monotonic()
-        with turn(max(TURN_DEADLINE_S, left_s)) as give_back:
+        with turn(left_s) as give_back:
             settled, needs = settle()
             late = left_s <= 0 or not on_cluster()
             missing = _missing(needs, all_roles=not late and has_autoscaler())
