@@ -28,7 +28,7 @@ connect = importlib.import_module("nanoray.fleet.connect")
 turns = importlib.import_module("nanoray.fleet.turn")
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[1]
-STEPS = 300
+STEPS = 1500  # enough that none ends before the third has been there
 
 
 def node(name: str, role: str | None, cpus: float) -> dict[str, Any]:
@@ -113,9 +113,9 @@ class Job:
                         return process
             time.sleep(0.1)
 
-    def end(self) -> tuple[int, str, float]:
+    def end(self, timeout_s: float = 240) -> tuple[int, str, float]:
         """Exit code, what it said, and seconds from its start to its end."""
-        output, _ = self._process.communicate(timeout=240)
+        output, _ = self._process.communicate(timeout=timeout_s)
         return self._process.returncode, output, time.monotonic() - self.began
 
 
@@ -125,7 +125,8 @@ def nodes(home: Path) -> Iterator[Nodes]:
         yield made
 
 
-@pytest.mark.soak  # on two cores some five minutes: the two are in each other's way
+@pytest.mark.soak  # on two cores some ten minutes: the two are in each other's way
+@pytest.mark.timeout(1800)
 def test_two_jobs_share_a_cluster_and_a_third_is_refused(
     nodes: Nodes, corpus: str, tokenizer_dir: str
 ) -> None:
@@ -149,9 +150,9 @@ def test_two_jobs_share_a_cluster_and_a_third_is_refused(
         "nanoray-role=trainer) has 0; "
     )
     assert "Traceback" not in said
-    assert seconds < 30  # it is under 10 where nothing else runs
+    assert seconds < 10
     for job in jobs:
-        code, said, _seconds = job.end()
+        code, said, _seconds = job.end(900)
         assert code == 0, said
         assert hashes(job.plan) == hashes(calm)
 
@@ -163,7 +164,7 @@ def test_of_two_that_start_at_once_and_fit_but_singly_one_trains(
     """If both took their two workers' CPUs, none of the four would be left to pack for them."""
     nodes.add("none", 2)
     nodes.add("none", 2)
-    longer = {"num_workers": 2, "num_iterations": 3 * STEPS}
+    longer = {"num_workers": 2, "num_iterations": 900}
     jobs = [Job(corpus, tokenizer_dir, run, **longer) for run in ("one", "two")]
     ends = sorted((job.end() for job in jobs), key=lambda end: end[0])
     assert [code for code, _said, _seconds in ends] == [0, 1], ends
