@@ -100,8 +100,8 @@ def connect(
             ) from error
         return
     _lock_local_ray()
-    if not _visible_gpus():  # Ray counts every word of CUDA_VISIBLE_DEVICES, -1 too
-        options["num_gpus"] = 0
+    if "CUDA_VISIBLE_DEVICES" in os.environ and not _visible_gpus():
+        options["num_gpus"] = 0  # Ray counts every word of that variable, -1 too
     # Ray runs workers at niceness 15: anything else on the machine would go before training,
     # even Ray's own daemons, and threads that compute in step wait for the slowest.
     os.environ.setdefault("RAY_worker_niceness", "0")
