@@ -120,7 +120,8 @@ class Chat:
         except Exception as error:
             self._host.refused = _told(error)
         else:
-            _logger.info("the config that was refused is taken now")
+            if self._host.refused is None:  # no other one has come meanwhile
+                _logger.info("the config that was refused is taken now")
 
 
 def _told(error: Exception) -> str:

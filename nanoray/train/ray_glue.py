@@ -263,9 +263,9 @@ def _dataset(plan: StreamRunPlan, board: Any, concurrency: int | None) -> ray.da
 
 def _placements() -> int:
     """How many placements may come too late before a lost trainer node counts as lost for good."""
-    return 1 + math.ceil(
-        TRAINER_DEADLINE_S / float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
-    )
+    # `fleet.connect` sets it, but not in a process where Ray runs already.
+    each_s = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60))
+    return 1 + math.ceil(TRAINER_DEADLINE_S / each_s)
 
 
 def _ray_storage(plan: RunPlan) -> str:
