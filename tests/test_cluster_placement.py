@@ -26,6 +26,7 @@ from nanoray.rl.supervisor import PoolSettings
 from nanoray.tokenizer import load_tokenizer
 from nanoray.train import ray_glue
 from nanoray.train.needs import with_gpus
+from nanoray.train.policies import PlacedPolicy
 from nanoray.train.record import record_config
 
 placement = importlib.import_module("nanoray.fleet.placement")
@@ -115,7 +116,7 @@ def test_elastic_training_counts_the_places_of_its_own(
 ) -> None:
     monkeypatch.setattr(fleet, "living_nodes", lambda: nodes)
     scaling = ScalingConfig(num_workers=(1, 8), resources_per_worker={"CPU": 1.0})
-    policy = ray_glue._PlacedPolicy(scaling, {"CPU": 1}, "data")
+    policy = PlacedPolicy(scaling, {"CPU": 1}, "data")
     reserved = {str(number): node["Resources"] for number, node in enumerate(nodes)}
     assert policy._count_possible_workers(reserved) == places
     one_place = {"0": {"CPU": 1.0}}  # another job has the rest
@@ -138,7 +139,7 @@ def test_an_elastic_learner_leaves_room_for_rollout_actors(
     scaling = ScalingConfig(
         num_workers=(1, 8), use_gpu=True, resources_per_worker={"CPU": 1.0, "GPU": 1.0}
     )
-    policy = ray_glue._PlacedPolicy(scaling, {"CPU": 2.0, "GPU": 2.0}, "rollout")
+    policy = PlacedPolicy(scaling, {"CPU": 2.0, "GPU": 2.0}, "rollout")
     reserved = {str(number): node["Resources"] for number, node in enumerate(nodes)}
     assert policy._count_possible_workers(reserved) == places
 
@@ -153,7 +154,7 @@ def test_elastic_training_has_no_place_where_its_role_is_gone(
     scaling = ScalingConfig(
         num_workers=(1, 8), resources_per_worker={"CPU": 1.0}, label_selector=selector
     )
-    policy = ray_glue._PlacedPolicy(scaling, {"CPU": 1}, "data")
+    policy = PlacedPolicy(scaling, {"CPU": 1}, "data")
     reserved = {str(number): node["Resources"] for number, node in enumerate(nodes)}
     assert policy._count_possible_workers(reserved) == 0
     nodes.append(node("trainer"))

@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,9 +20,7 @@ import ray.train
 import torch
 from ray.data import ExecutionOptions
 from ray.train import DataConfig
-from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from nanoray import fleet, storage
 from nanoray.config import parse_worker_range
@@ -34,6 +32,7 @@ from nanoray.metrics import Sink, WandbSink
 from nanoray.model.precision import pick_device
 from nanoray.tokenizer import Tokenizer, load_tokenizer
 from nanoray.train.needs import DATA_CPUS
+from nanoray.train.policies import PlacedPolicy, Trainer
 from nanoray.train.resume import choose_start
 from nanoray.train.run_plan import RunPlan, StreamRunPlan
 from nanoray.train.stages import run_worker
@@ -41,6 +40,7 @@ from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
 TRAINER_DEADLINE_S = 600.0  # without any node that could train
+ENDING_DEADLINE_S = 30.0  # of Ray Train, after a mistake that no restart mends
 Watcher = Callable[[dict[str, Any]], None]
 # What a worker runs: (plan, world, hooks, step of the checkpoint to go on from) -> summary.
 Run = Callable[[Any, World, Hooks, int], dict[str, Any]]
@@ -97,9 +97,13 @@ def fit(
             verdict = _relay(board, watch_progress)
             roles.look()
             if lease.lost:
-                raise LeaseLostError(f"run {plan.run} was taken over by another writer")
+                error = f"run {plan.run} was taken over by another writer"
+                ray.get(board.conclude.remote({"error": error}), timeout=30)
+                thread.join(ENDING_DEADLINE_S)
+                raise LeaseLostError(error)
     if "error" in verdict:
-        # Ray Train may still be about to try again; its workers see the verdict and end.
+        # A process that ends while a thread of it is still within Ray may crash.
+        thread.join(ENDING_DEADLINE_S)
         raise NanorayError(verdict["error"])
     storage.remove(_ray_storage(plan))
     ray.kill(board)
@@ -155,7 +159,7 @@ def _trainer(
     board: Any,
     run: Run | None,
     feeders: Mapping[str, float] | None,
-) -> TorchTrainer:
+) -> Trainer:
     low, high = parse_worker_range(plan.config["num_workers"])
     gpus = float(plan.config["gpus_per_worker"] or 0)
     resources = {"CPU": float(plan.config["cpus_per_worker"])} | ({"GPU": gpus} if gpus else {})
@@ -172,7 +176,8 @@ def _trainer(
         resources_per_worker=resources,
         label_selector=fleet.label_selector("trainer") or None,
     )
-    trainer = _PlacedTrainer(
+    trainer = Trainer(
+        board,
         _train_loop,
         train_loop_config={"plan": plan, "token": lease.token, "board": board, "run": run},
         scaling_config=scaling,
@@ -197,55 +202,12 @@ def _trainer(
     if low < high:
         # Workers that take every CPU would starve those who feed them.
         if run is None:
-            trainer.policy = _PlacedPolicy(scaling, {"CPU": 0 if gpus else DATA_CPUS}, "data")
+            trainer.scaling_policy = PlacedPolicy(
+                scaling, {"CPU": 0 if gpus else DATA_CPUS}, "data"
+            )
         else:
-            trainer.policy = _PlacedPolicy(scaling, feeders or {}, "rollout")
+            trainer.scaling_policy = PlacedPolicy(scaling, feeders or {}, "rollout")
     return trainer
-
-
-class _PlacedPolicy(ElasticScalingPolicy):
-    """Elastic training that counts the places where its workers may go.
-
-    Ray Train 2.60 counts those of all nodes, whatever their labels, and leaves no CPU for others:
-    after the loss of a node it would ask for places that are not its own, or starve its own data.
-    """
-
-    def __init__(
-        self, scaling: ScalingConfig, spare: Mapping[str, float], spare_role: fleet.Role
-    ) -> None:
-        super().__init__(scaling)
-        self._spare, self._spare_role = spare, spare_role
-
-    def _count_possible_workers(self, reserved: Any) -> int:
-        nodes = fleet.living_nodes()
-        trainers = fleet.nodes_for("trainer", nodes)
-        selector = self.scaling_config.label_selector
-        if selector and not fleet.label_selector("trainer"):
-            return 0  # the last of them is gone, and the workers can be placed nowhere else
-        others = fleet.nodes_for(self._spare_role, nodes)
-        elsewhere = [node for node in others if node not in trainers]
-        wanted = self.scaling_config._resources_per_worker_not_none
-        places = fleet.count_places(trainers, wanted)
-        for kind, amount in self._spare.items():
-            if amount and wanted.get(kind) and _total(elsewhere, kind) < amount:
-                left = _total(trainers, kind) - amount
-                places = min(places, max(0, int(left / wanted[kind] + 1e-9)))
-        return min(places, super()._count_possible_workers(reserved))
-
-
-def _total(nodes: Sequence[dict[str, Any]], kind: str) -> float:
-    return sum(float(node["Resources"].get(kind, 0)) for node in nodes)
-
-
-class _PlacedTrainer(TorchTrainer):
-    """Ray Train has no public way to choose the policy (2.60)."""
-
-    policy: _PlacedPolicy | None = None
-
-    def _initialize_and_run_controller(self, **options: Any) -> Any:
-        if self.policy:
-            options["scaling_policy"] = self.policy
-        return super()._initialize_and_run_controller(**options)
 
 
 def _dataset(plan: StreamRunPlan, board: Any, concurrency: int | None) -> ray.data.Dataset:
