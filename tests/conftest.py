@@ -14,21 +14,20 @@ SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _private_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or writes the user's home, nor sees the user's settings."""
+def _private_home(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads or writes the user's home, nor sees the user's settings.
+
+    Nothing is put back: the process ends, and Ray's threads may read the environment meanwhile.
+    """
     home = tmp_path_factory.mktemp("home")
-    before = dict(os.environ)
     for name in [n for n in os.environ if n.startswith(("NANORAY_", "RAY_ADDRESS"))]:
         del os.environ[name]
     os.environ |= {
         "HOME": str(home),
         "NANORAY_HOME": str(home / "nanoray"),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "TIKTOKEN_CACHE_DIR": before.get("TIKTOKEN_CACHE_DIR", str(home / "tiktoken")),
+        "TIKTOKEN_CACHE_DIR": os.environ.get("TIKTOKEN_CACHE_DIR", str(home / "tiktoken")),
     }
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture
