@@ -43,6 +43,7 @@ bench: .venv/installed
 	for name in loss_memory startup ray_overhead demo sft rollouts rl_learning serve step_time; do $(BIN)/python bench/$$name.py || exit 1; done
 ifdef NANOCHAT
 	for name in packing train_step engine; do $(BIN)/python bench/$$name.py --nanochat $(NANOCHAT) || exit 1; done
+# CORE is compared with the peer's, too.
 ifdef BUNDLE
 	$(BIN)/python bench/core.py --nanochat $(NANOCHAT) --bundle $(BUNDLE)
 endif

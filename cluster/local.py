@@ -89,6 +89,9 @@ class LocalCluster:
         self.nodes: list[Process] = []
         self.redis_port = 0  # none: nothing outlives the head
         self.redis: Process | None = None
+        # What it says is believed: jobs go to its address, and its processes are killed.
+        if self.folder.exists() and self.folder.lstat().st_uid != os.getuid():
+            raise ClusterError(f"{self.folder} is another user's; take another --dir")
         if self._state_file.exists():
             state = json.loads(self._state_file.read_text())
             self.address, self.dashboard = state["address"], state["dashboard"]
@@ -116,8 +119,6 @@ class LocalCluster:
                 f"(Debian: `apt-get install {program}`) or leave --redis out"
             )
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self.folder.stat().st_uid != os.getuid():
-            raise ClusterError(f"{self.folder} is another user's; take another --dir")
         self.folder.chmod(0o700)
         self._token_file.unlink(missing_ok=True)
         with open(os.open(self._token_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as f:

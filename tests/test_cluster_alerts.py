@@ -28,7 +28,8 @@ def test_promtool_takes_the_configuration_and_the_rules() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-# Series in promtool's notation, a value a minute: a+bxn is n steps of b from a, _ a missing one.
+# Series in promtool's notation, a value a minute: a+bxn is n steps of b from a, _ a missing one,
+# stale what Prometheus writes when a target has a series no more.
 HEALTHY = {
     'ray_nanoray_pretrain_step{run="a"}': "0+10x60",
     'ray_nanoray_pretrain_not_finite{run="a"}': "0+0x60",
@@ -48,6 +49,24 @@ CASES = {
         {
             'ray_nanoray_pretrain_step{run="a"}': "0+10x40",
             'ray_nanoray_pretrain_eta_s{run="a"}': "2400-60x40",
+        },
+        set(),
+    ),
+    "a run finishes, and is long at its last evaluation": (
+        {
+            'ray_nanoray_pretrain_step{run="a"}': "0+10x20 200+0x5 stale",
+            'ray_nanoray_pretrain_eta_s{run="a"}': "1200-60x20 0+0x5 stale",
+        },
+        set(),
+    ),
+    "workers restart, and the run finishes": (
+        {
+            'ray_nanoray_pretrain_step{run="a"}': "_x60",
+            'ray_nanoray_pretrain_eta_s{run="a"}': "_x60",
+            'ray_nanoray_pretrain_step{run="a",WorkerId="1"}': "0+10x20 stale",
+            'ray_nanoray_pretrain_eta_s{run="a",WorkerId="1"}': "2400-60x20 stale",
+            'ray_nanoray_pretrain_step{run="a",WorkerId="2"}': "_x22 200+20x11 stale",
+            'ray_nanoray_pretrain_eta_s{run="a",WorkerId="2"}': "_x22 660-60x11 stale",
         },
         set(),
     ),
@@ -98,13 +117,15 @@ def test_an_alert_is_raised_by_its_fault_and_by_nothing_else(case: str, tmp_path
     assert alarms <= set(names)
     series = [{"series": name, "values": v} for name, v in (HEALTHY | changes).items()]
     # promtool wants the labels and texts of what it expects: ask for the state of alerts instead.
+    # What is raised is so at the end; the others are so never.
     checks = [
         {
             "expr": f'count(ALERTS{{alertname="{name}",alertstate="firing"}}) or vector(0)',
-            "eval_time": "58m",
+            "eval_time": f"{minute}m",
             "exp_samples": [{"labels": "{}", "value": int(name in alarms)}],
         }
         for name in names
+        for minute in ([58] if name in alarms else range(59))
     ]
     test = {"interval": "1m", "input_series": series, "promql_expr_test": checks}
     file = tmp_path / "test.yml"

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -64,6 +65,17 @@ def test_twenty_runs_kill_everybody(victims: ModuleType) -> None:
     assert names == {name for kinds in victims.KINDS.values() for name in kinds}
     before = [strike for strike in drawn if strike.moment == 0]
     assert 10 < len(before) < 30, "some die before the first step, most on the way"
+
+
+@pytest.mark.parametrize(
+    ("right", "killed", "missed", "well"),
+    [(20, 80, 0, True), (20, 74, 6, True), (19, 80, 0, False), (20, 0, 80, False)],
+)
+def test_all_runs_are_right_and_something_was_killed(
+    chaos: ModuleType, right: int, killed: int, missed: int, well: bool
+) -> None:
+    report = chaos.Report(0, right, [1.0] * 20, Counter({"sft worker": killed}), missed)
+    assert report.is_well() == well
 
 
 class Prey:

@@ -70,7 +70,11 @@ def test_launcher_files(name: str) -> None:
     for role, node in types.items():
         assert node["labels"] == {"nanoray-role": role}
         assert ("GPU" in node["resources"]) == (role in ("trainer", "rollout"))
+        own = {"aws.yaml": "IamInstanceProfile", "gcp.yaml": "serviceAccounts"}[name]
+        # The launcher gives nobody but the head an account, of its own where none is named.
+        assert own in node["node_config"] or (role, name) == ("head", "gcp.yaml")
     assert types["head"]["resources"] == {"CPU": 0}  # no tasks beside the drivers
+    assert not any(launcher[f"{whose}setup_commands"] for whose in ("", "head_", "worker_"))
     assert "spot" in str(types["rollout"]["node_config"]).lower()
     assert not re.search("spot|preemptible", str(types["trainer"]["node_config"]).lower())
     assert launcher["max_workers"] >= sum(node.get("max_workers", 0) for node in types.values())
@@ -125,6 +129,10 @@ def test_the_kuberay_cluster() -> None:
     assert set(groups) == ROLES - {"head"}
     assert "spot" in str(groups["rollout"]["template"]["spec"]["nodeSelector"])
     # Redis is there under the name, with the password, that the cluster asks for.
+    # The line it is begun with brings up this, and no job.
+    text = (ROOT / "cluster" / "kuberay" / "cluster.yaml").read_text()
+    (applied,) = re.findall("kubectl apply (.*)", text)
+    assert applied == "-f cluster/kuberay/redis.yaml -f cluster/kuberay/cluster.yaml"
     (redis,) = documents("StatefulSet")
     (service,) = documents("Service")
     options = cluster["spec"]["gcsFaultToleranceOptions"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +123,21 @@ def test_down_ends_what_was_started_and_nothing_else(cluster: LocalCluster) -> N
     assert not left
     assert "no cluster is up" in cluster.run("status").stdout
     cluster.run("down")  # once more, and nothing happens
+
+
+def test_another_user_s_folder_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "cluster"))
+    local = importlib.import_module("local")
+    folder = Path(tempfile.mkdtemp(prefix="nr-"))
+    try:
+        (folder / "cluster.json").write_text("{}")
+        monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+        with pytest.raises(local.ClusterError, match="is another user's; take another --dir"):
+            local.LocalCluster(folder)
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path) -> None:

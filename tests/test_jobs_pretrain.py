@@ -110,6 +110,17 @@ def test_a_tokenizer_that_changed_is_refused(
     assert "run mine is finished" in capsys.readouterr().out
 
 
+def test_git_is_not_needed(
+    home: Path, corpus: str, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")  # as in a slim image
+    plan = tiny_plan(corpus, tokenizer_dir, "mine")
+    record_config(plan)
+    versions = json.loads(Path(plan.run_dir, "config.json").read_text())["versions"]
+    assert {"torch", "ray"} <= set(versions)
+    assert "git" not in versions
+
+
 def test_what_a_message_offers_is_not_refused(home: Path, corpus: str, tokenizer_dir: str) -> None:
     plan = tiny_plan(corpus, tokenizer_dir, "mine", num_iterations=2)
     run_plan(plan)

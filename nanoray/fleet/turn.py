@@ -139,7 +139,8 @@ def _wait_for_room(needs: Sequence[Needs], until: float) -> None:
     """Until the workers could be placed: a placement group that waits is what autoscalers heed.
 
     Only a sign that it is worth to look again: Ray Train makes a group of its own, and the
-    preflight also knows what cannot be reserved.
+    preflight also knows what cannot be reserved. Memory is not asked for: an autoscaler does not
+    know how much of it a node brings, unless its file says so.
     """
     places = _places(needs)
     group = placement_group(
@@ -166,7 +167,6 @@ def _places(needs: Sequence[Needs]) -> list[tuple[dict[str, float], dict[str, st
         worker = {
             "CPU": one.cpus_per_worker,
             "GPU": one.gpus_per_worker,
-            "memory": one.memory_bytes_per_worker,
         }
         places += [(worker, one.role)] * one.num_workers
         if one.others_role not in roles and not (

@@ -10,15 +10,23 @@ from nanoray.rl.plan import RlPlan
 from nanoray.train import needs as training
 
 _SAMPLER_BYTES = 2**30  # libraries of a rollout actor
-_FLAGS = "--num-workers or --rollout-actors"
+_FLAGS = "--num-workers, --rollout-actors, --{0}-per-worker or --rollout-{0}"
 
 
 def with_gpus(plan: RlPlan, resources: dict[str, float]) -> RlPlan:
-    """The plan with the GPUs of workers and rollout actors resolved: 1 where there are any."""
+    """The plan with the GPUs of workers and rollout actors resolved.
+
+    1 each where there are any. A single one is shared: half of it is for the learner, the rest for
+    the rollout actors.
+    """
+    config, gpus = plan.config, resources.get("GPU", 0)
+    if config["gpus_per_worker"] is None and config["rollout_gpus"] is None and gpus == 1:
+        actors = parse_worker_range(config["rollout_actors"])[1]
+        return plan.with_config(gpus_per_worker=0.5, rollout_gpus=0.5 / actors)
     plan = training.with_gpus(plan, resources)
-    if plan.config["rollout_gpus"] is not None:
+    if config["rollout_gpus"] is not None:
         return plan
-    return plan.with_config(rollout_gpus=1.0 if resources.get("GPU", 0) else 0.0)
+    return plan.with_config(rollout_gpus=1.0 if gpus else 0.0)
 
 
 def needs(plan: RlPlan) -> list[fleet.Needs]:

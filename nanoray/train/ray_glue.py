@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,11 +37,14 @@ from nanoray.train.policies import PlacedPolicy, Trainer
 from nanoray.train.resume import choose_start
 from nanoray.train.run_plan import RunPlan, StreamRunPlan
 from nanoray.train.stages import run_worker
+from nanoray.train.watch import TrainingHealthError
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
 TRAINER_DEADLINE_S = 600.0  # without any node that could train
 ENDING_DEADLINE_S = 30.0  # of Ray Train, after a mistake that no restart mends
+# Ray tells Prometheus about a process's numbers every 10 s: of a NaN, too, that ends a run.
+LINGER_S = 11.0
 Watcher = Callable[[dict[str, Any]], None]
 # What a worker runs: (plan, world, hooks, step of the checkpoint to go on from) -> summary.
 Run = Callable[[Any, World, Hooks, int], dict[str, Any]]
@@ -179,7 +183,13 @@ def _trainer(
     trainer = Trainer(
         board,
         _train_loop,
-        train_loop_config={"plan": plan, "token": lease.token, "board": board, "run": run},
+        train_loop_config={
+            "plan": plan,
+            "token": lease.token,
+            "board": board,
+            "run": run,
+            "linger_s": 0.0 if local else LINGER_S,
+        },
         scaling_config=scaling,
         run_config=RunConfig(
             # A name of its own each time: what resumes is our checkpoint, not Ray Train's state.
@@ -270,6 +280,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     except NanorayError as error:
         # Say it before this ends the group; the others may wait for this worker in a collective.
         ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
+        if isinstance(error, TrainingHealthError) and world.is_first:
+            time.sleep(config["linger_s"])
         raise
     finally:
         if stop_watch:

@@ -118,13 +118,12 @@ def versions() -> dict[str, str]:
     for name in ("torch", "ray", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found | ({"git": commit.stdout.strip()} if commit.returncode == 0 else {})
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    # An image has no git, nor a commit.
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run(command, capture_output=True, text=True, check=True)
+        found["git"] = commit.stdout.strip()
+    return found
 
 
 def record_config(plan: RunPlan) -> None:

@@ -264,7 +264,8 @@ class TrainWorker(ABC):
             setattr(progress, name, getattr(progress, name) + count)
         problem = self.loss_watch.problem(done.loss)
         progress.loss_average = self.loss_watch.average
-        due = progress.step % self.config["log_every"] == 0 or progress.step == 1
+        ends = (1, self.plan.num_iterations)
+        due = progress.step % self.config["log_every"] == 0 or progress.step in ends
         if self.log and (due or problem):
             measured = {
                 "lr_multiplier": lr_multiplier,
