@@ -13,16 +13,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from conftest import make_texts
+from engine_models import one_thread  # noqa: F401
 from pretrain_runs import run_plan, tiny_flags, tiny_plan
+from serve_cluster import free_port, wait_for
+from serve_runs import TOKENIZER, save_run, speaker
 
 import jobs.data
 import jobs.status
 import jobs.tokenizer
 from nanoray import storage
 from nanoray.checkpoint import Checkpoint, list_steps
+from nanoray.config.serve import ChatServiceConfig
+from nanoray.engine import SamplingParams
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease, read_lease
+from serve.host import Host
 
 pytest.importorskip("s3fs", reason="s3:// needs s3fs (the extra `s3`)")
 moto_server = pytest.importorskip("moto.server", reason="the local S3 server needs moto[server]")
@@ -127,6 +134,39 @@ def test_corpus_and_tokenizer(
     assert jobs.tokenizer.main(["eval", "--corpus", "mine", "--show", "the river"]) == 0
 
 
+def test_models_are_served_and_swapped(bucket: str, one_thread: None) -> None:  # noqa: F811
+    """As a replica loads them: a name and a URI; a broken checkpoint leaves the old one."""
+    save_run("talk", 10, speaker("a"))
+    host = Host(drain_s=5)
+    try:
+        host.reconfigure(chat_service(run="talk"))
+        assert say(host) == "abab"
+        save_run("other", 5, speaker("c"))
+        host.reconfigure(chat_service(run=storage.run_dir("other")))
+        assert say(host) == "cdcd"
+        folder = save_run("other", 6, speaker("e"))
+        weights = storage.join(folder, "model.safetensors")
+        storage.write_bytes(weights, storage.read_bytes(weights)[:-100])
+        with pytest.raises(NanorayError):
+            host.reconfigure(chat_service(run=folder))
+        assert say(host) == "cdcd"
+    finally:
+        host.close()
+
+
+def chat_service(run: str) -> ChatServiceConfig:
+    models = [{"name": "chat", "run": run}]
+    return ChatServiceConfig.model_validate(
+        {"models": models, "num_slots": 4, "max_len": 600, "dtype": "float32"}
+    )
+
+
+def say(host: Host) -> str:
+    prompt = TOKENIZER.render_for_completion({"messages": [{"role": "user", "content": "hi"}]})
+    params = SamplingParams(temperature=0, max_tokens=4)
+    return host.model(None).engine.generate([prompt], params)[0].text
+
+
 @pytest.mark.slow
 def test_a_run_without_ray_resumes(bucket: str, tmp_path: Path) -> None:
     """Checkpoints, log, samples: stopped at step 8, gone on to the end, as in one go."""
@@ -152,7 +192,9 @@ def test_a_run_without_ray_resumes(bucket: str, tmp_path: Path) -> None:
 def test_the_jobs_on_a_bucket(
     bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As a user runs them: pretraining through Ray is stopped, goes on, is measured, and talks."""
+    """As a user runs them: pretraining through Ray is stopped, goes on, is measured, talks, and is
+    served.
+    """
     build(tmp_path)
     flags = tiny_flags("mine", "mine", "r", num_iterations=300, save_every=50)
     command = [sys.executable, "-m", "jobs.pretrain", *flags]
@@ -182,3 +224,22 @@ def test_the_jobs_on_a_bucket(
                   ["jobs.chat", "--run", "r", "-p", "The river"]):  # fmt: skip
         subprocess.run([sys.executable, "-m", *words], cwd=ROOT, check=True, timeout=DEADLINE_S)
     assert storage.list_names(storage.join(storage.run_dir("r"), "evals"))
+
+    port = free_port()
+    words = ["jobs.serve", "--run", "r", f"--port={port}", "--dtype=float32"]
+    server = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT)
+    try:
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        asked = {"prompt": "The river", "max_tokens": 4}
+
+        def answer() -> bool:
+            assert server.poll() is None
+            try:
+                return requests.post(url, json=asked, timeout=30).ok
+            except requests.ConnectionError:
+                return False
+
+        wait_for(answer, DEADLINE_S, "an answer")
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(DEADLINE_S)
