@@ -270,6 +270,7 @@ class LocalCluster:
             # A stopped job has this long to finish its step and save (default: 3 s).
             "RAY_JOB_STOP_WAIT_TIME_S": "60",
             "RAY_CHDIR_TO_TRIAL_DIR": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
             # What Serve's proxies cannot say themselves.
             "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.proxy:middlewares",
             # `python` in a job's command is the one that runs this.

@@ -18,6 +18,8 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
+from nanoray.machine import available_cpus
+
 MIN_CHARS = 80
 # Chosen by reading samples of this environment: below these, docstrings are mostly doctests,
 # formulas and tables. They drop a fifth of the documents' bytes.
@@ -45,7 +47,7 @@ def iter_docstrings(num_workers: int | None = None) -> Iterator[str]:
     tasks = [files[i : i + _FILES_PER_TASK] for i in range(0, len(files), _FILES_PER_TASK)]
     # spawn: forking a process that has threads (rich, Ray, pytest) may hang.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers or os.cpu_count() or 1, mp_context=context)
+    pool = ProcessPoolExecutor(num_workers or available_cpus(), mp_context=context)
     try:
         for documents in pool.map(_docstrings_of_files, tasks):
             yield from documents

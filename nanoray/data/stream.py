@@ -22,8 +22,15 @@ MAX_TASKS = 4096
 
 
 @lru_cache(maxsize=2)
-def _cached_tokenizer(uri: str) -> Tokenizer:
-    return load_tokenizer(uri)
+def _cached_tokenizer(uri: str, fingerprint: str) -> Tokenizer:
+    """Processes come and go during a run; all must cut its text alike."""
+    tokenizer = load_tokenizer(uri)
+    if tokenizer.fingerprint != fingerprint:
+        raise NanorayError(
+            f"the tokenizer in {uri} has changed under the run; put it back and run the same "
+            f"command again"
+        )
+    return tokenizer
 
 
 def training_dataset(
@@ -47,6 +54,8 @@ def training_dataset(
     context.raise_original_map_exception = True  # a NanorayError stays one
     indices = plan.unit_indices(cursor.unit)
 
+    fingerprint = load_tokenizer(tokenizer).fingerprint
+
     # A long horizon is told in as many tasks at most: each costs a millisecond at every start.
     stride = -(-len(indices) // MAX_TASKS)
 
@@ -54,7 +63,7 @@ def training_dataset(
         (first,) = batch["item"]
         for index in range(first, min(first + stride, indices.stop)):
             skip = cursor.row if index == cursor.unit else 0
-            yield unit_block(plan, _cached_tokenizer(tokenizer), index, skip)
+            yield unit_block(plan, _cached_tokenizer(tokenizer, fingerprint), index, skip)
 
     pack.__name__ = "tokenize_and_pack"
     firsts = list(indices[::stride])

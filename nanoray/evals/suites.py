@@ -28,6 +28,7 @@ from nanoray.evals.core_bundle import Task, read_bundle
 from nanoray.evals.core_score import DAMAGED, CachedScorer, LanguageModel
 from nanoray.evals.hf import load_hf
 from nanoray.evals.sample import sample_report
+from nanoray.machine import available_cpus
 from nanoray.model.precision import pick_compute_dtype, pick_device
 
 _BPB_CHUNKS = 16  # items of a split
@@ -289,4 +290,4 @@ class CoreSuite:
 
 def threads_per_actor(num_actors: int) -> int:
     """Cores shared among actors on one machine."""
-    return max(1, (os.cpu_count() or 1) // num_actors)
+    return max(1, available_cpus() // num_actors)

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from nanoray.fleet.placement import (
     living_nodes,
     nodes_for,
 )
+from nanoray.machine import available_cpus
 
 
 class NoRoomError(NanorayError):
@@ -61,8 +63,9 @@ def worker_environment() -> dict[str, str]:
     cut back after every block that is freed (see nanoray/model/heap.py): 5 % of a step on CPUs.
     torch settles where it keeps compiled code when it is imported, and writes that into the
     environment: there is no telling the user's own value from its default.
+    Ray 2.60 lets a process that has reserved no GPU see all of them.
     """
-    variables = {"MALLOC_ARENA_MAX": "1"}
+    variables = {"MALLOC_ARENA_MAX": "1", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
     if storage.is_local(storage.home()):
         variables["TORCHINDUCTOR_CACHE_DIR"] = storage.join(storage.home(), "cache", "inductor")
     return variables
@@ -102,6 +105,8 @@ def connect(
     _lock_local_ray()
     if "CUDA_VISIBLE_DEVICES" in os.environ and not _visible_gpus():
         options["num_gpus"] = 0  # Ray counts every word of that variable, -1 too
+    if sys.platform == "darwin":
+        options["num_gpus"] = 0  # Apple's cannot be shared out: the process that trains takes it
     # Ray runs workers at niceness 15: anything else on the machine would go before training,
     # even Ray's own daemons, and threads that compute in step wait for the slowest.
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -113,7 +118,7 @@ def connect(
     try:
         ray.init(
             address="local",
-            num_cpus=(os.cpu_count() or 1) + EXTRA_LOGICAL_CPUS,
+            num_cpus=available_cpus() + EXTRA_LOGICAL_CPUS,
             include_dashboard=dashboard,
             dashboard_host="127.0.0.1",
             object_store_memory=local_object_store_bytes(),
@@ -189,7 +194,7 @@ class Needs:
 def local_resources() -> dict[str, float]:
     """What `connect` would offer on this machine, without starting Ray."""
     resources = {
-        "CPU": float((os.cpu_count() or 1) + EXTRA_LOGICAL_CPUS),
+        "CPU": float(available_cpus() + EXTRA_LOGICAL_CPUS),
         "memory": float(psutil.virtual_memory().available),
         "object_store_memory": float(local_object_store_bytes()),
     }

@@ -7,7 +7,6 @@ flex_attention (inside compiled code) or SDPA on a GPU, and plain blocked matmul
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 BLOCK_ROWS = 128  # query rows per block on a CPU (tuned on a 2-core EPYC, T 512, head_dim 64)
 MAX_BLOCKS = 4  # of a causal triangle: each is unrolled into the compiled code
+_flash_attention: Callable[..., Any] | None = None  # see `choose_kernels`
 
 
 def attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Tensor:
@@ -33,9 +33,8 @@ def attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, window: int) -> Te
     if device.type == "cpu":
         return blocked_attention(q_BTHD, k_BTKD, v_BTKD, window)
     if device.type == "cuda":
-        flash = load_flash_attention(device)
-        if flash is not None and q_BTHD.dtype in (torch.bfloat16, torch.float16):
-            out = flash(q_BTHD, k_BTKD, v_BTKD, causal=True, window_size=(window, 0))
+        if _flash_attention and q_BTHD.dtype in (torch.bfloat16, torch.float16):
+            out = _flash_attention(q_BTHD, k_BTKD, v_BTKD, causal=True, window_size=(window, 0))
             return out[0] if isinstance(out, tuple) else out  # early FA3 also returns the lse
         if torch.compiler.is_compiling():
             return windowed_flex_attention(q_BTHD, k_BTKD, v_BTKD, window)
@@ -166,8 +165,14 @@ def windowed_flex_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, wind
     return out_BHTD.transpose(1, 2)
 
 
-@functools.cache
-def load_flash_attention(device: torch.device) -> Callable[..., Tensor] | None:
+def choose_kernels(device: torch.device) -> None:
+    """See which FlashAttention this process has; compiled code could not without breaking up."""
+    global _flash_attention
+    if device.type == "cuda":
+        _flash_attention = _load_flash_attention(device)
+
+
+def _load_flash_attention(device: torch.device) -> Callable[..., Any] | None:
     """flash_attn_func of FlashAttention 3 (Hopper) or 2 (Ampere and later), if installed."""
     major, _ = torch.cuda.get_device_capability(device)
     names = (["flash_attn_interface"] if major == 9 else []) + (

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanoray.errors import NanorayError
-from nanoray.model.attention import attention
+from nanoray.model.attention import attention, choose_kernels
 from nanoray.model.config import ARCHITECTURES, GPTConfig, RecipeName
 from nanoray.model.loss import (
     HeadStep,
@@ -231,6 +231,7 @@ class GPT(nn.Module):
         Their Adam moments follow them; half the memory, and no harm (nanochat's finding).
         """
         self.to(device)
+        choose_kernels(device)
         if device.type != "cpu":
             self.wte.to(self.compute_dtype)
             self.value_embeds.to(self.compute_dtype)

@@ -29,9 +29,10 @@ from nanoray.data.blocks import Block, Cursor, Stream
 from nanoray.data.stream import training_dataset, worker_blocks
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease, LeaseLostError, check_token
+from nanoray.machine import available_cpus
 from nanoray.metrics import Sink, WandbSink
 from nanoray.model.precision import pick_device
-from nanoray.tokenizer import Tokenizer, load_tokenizer
+from nanoray.tokenizer import Tokenizer
 from nanoray.train.needs import DATA_CPUS
 from nanoray.train.policies import PlacedPolicy, Trainer
 from nanoray.train.resume import choose_start
@@ -224,7 +225,7 @@ def _dataset(plan: StreamRunPlan, board: Any, concurrency: int | None) -> ray.da
     """Called in Ray Train's controller at every start, before the workers train."""
     try:
         start = choose_start(plan, lambda message: board.post.remote({"warning": message}))
-        stream = plan.stream(load_tokenizer(plan.tokenizer_dir))
+        stream = plan.stream(plan.read_tokenizer())
     except NanorayError as error:  # no restart mends it
         ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
         raise
@@ -252,10 +253,11 @@ def _train_loop(config: dict[str, Any]) -> None:
     if ray.get(board.failed.remote(), timeout=30):
         return  # a restart after a mistake that no restart mends
     context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), pick_device())
+    size = context.get_world_size()
+    world = World(context.get_world_rank(), size, _device(plan, size))
     if world.device.type == "cpu":
         # Ray sets OMP_NUM_THREADS to the reserved CPUs (1); the cores are ours to share.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(max(1, available_cpus() // context.get_local_world_size()))
     stop_watch = fleet.StopWatch(board) if world.is_first else None
     post = lambda record: board.post.remote(dict(record))  # noqa: E731
     # The first worker asks, for all: they go on from one checkpoint.
@@ -280,12 +282,21 @@ def _train_loop(config: dict[str, Any]) -> None:
     except NanorayError as error:
         # Say it before this ends the group; the others may wait for this worker in a collective.
         ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
-        if isinstance(error, TrainingHealthError) and world.is_first:
+        if isinstance(error, TrainingHealthError):  # all have it; the first to end ends all
             time.sleep(config["linger_s"])
         raise
     finally:
         if stop_watch:
             stop_watch.close()
+
+
+def _device(plan: RunPlan, world_size: int) -> torch.device:
+    """The best there is of what is this worker's."""
+    device = pick_device()
+    not_reserved = device.type == "cuda" and not plan.config["gpus_per_worker"]
+    if not_reserved or (device.type == "mps" and world_size > 1):  # gloo does not know MPS
+        return torch.device("cpu")
+    return device
 
 
 def _start_step(plan: RunPlan, board: Any, run: Run | None) -> int:

@@ -10,8 +10,9 @@ from nanoray import storage
 from nanoray.config import parse_worker_range
 from nanoray.data.blocks import Stream
 from nanoray.data.plan import Layout, layout
+from nanoray.errors import NanorayError
 from nanoray.model.config import GPTConfig
-from nanoray.tokenizer import Tokenizer
+from nanoray.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,20 @@ class RunPlan(ABC):
     @property
     def checkpoints_dir(self) -> str:
         return storage.join(self.run_dir, "checkpoints")
+
+    def read_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the plan.
+
+        Raises:
+            NanorayError: there is none, or another one has come in its place.
+        """
+        tokenizer = load_tokenizer(self.tokenizer_dir)
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise NanorayError(
+                f"the tokenizer in {self.tokenizer_dir} has changed since run {self.run} was "
+                f"planned; put it back and run the same command again, or take another --run"
+            )
+        return tokenizer
 
     def prepare(self) -> None:  # noqa: B027 - not every stage has something to write
         """Write what workers read of the plan; the run's lease is held."""

@@ -31,7 +31,6 @@ from nanoray.optim.groups import (
 )
 from nanoray.optim.schedule import Schedule
 from nanoray.optim.sharded import MuonAdamW
-from nanoray.tokenizer import load_tokenizer
 from nanoray.train.record import record_samples, record_summary, summary
 from nanoray.train.resume import StartLostError
 from nanoray.train.run_plan import RunPlan
@@ -97,8 +96,13 @@ class TrainWorker(ABC):
     def __init__(self, plan: RunPlan, world: World, hooks: Hooks, start_step: int = 0) -> None:
         self.plan, self.world, self.hooks = plan, world, hooks
         self.config = plan.config
-        self.tokenizer = load_tokenizer(plan.tokenizer_dir)
+        self.tokenizer = plan.read_tokenizer()
         self.dtype = pick_compute_dtype(world.device, self.config["dtype"])
+        if len(dtypes := set(world.gather(str(self.dtype)))) > 1:
+            raise NanorayError(
+                f"the workers would compute in {' and '.join(sorted(dtypes))}, as their machines "
+                f"differ; give --dtype float32 or bfloat16, or --num-workers 1"
+            )
         if world.is_first:
             hooks.guard()  # what looks incomplete may be another writer's, under way
             delete_incomplete(plan.checkpoints_dir)
@@ -302,6 +306,9 @@ class TrainWorker(ABC):
     def _unhealthy(self, problem: str, batch_hash: int) -> TrainingHealthError:
         """What to raise, on all workers, after a step with a broken loss; they meet here."""
         whence = self._whence(batch_hash)
+        with contextlib.suppress(NanorayError):  # the last checkpoint may be under way
+            self.writer.wait()
+        self.world.gather(None)  # the first worker that ends, ends all of them
         mend = "take another --run with lower learning rates"
         if math.isfinite(self.progress.loss or 0.0):
             mend = f"run the same command with a higher --spike-factor to go on from it, or {mend}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -28,7 +29,8 @@ class World:
         """The most that this worker has held so far: of its GPU, or of the process's memory."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def sum_float(self, value: torch.Tensor | float) -> float:
         """Sum of a scalar over the workers, in float64."""
