@@ -106,7 +106,7 @@ class SamplingFields(_Body):
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, description="Token id -> what is added to its logit."
+        None, max_length=300, description="Token id -> what is added to its logit."
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -9,7 +9,7 @@ import torch
 from engine_models import full_logits, one_thread, random_tokens, tiny  # noqa: F401
 from torch import Tensor
 
-from nanoray.engine.cached import CachedModel, KVCache
+from nanoray.engine.cached import CachedModel, KVCache, aligned
 from nanoray.engine.slots import Prefix
 from nanoray.engine.weights import Matrix
 from nanoray.errors import NanorayError
@@ -219,3 +219,13 @@ def test_other_weights_are_taken_whole_and_wrong_ones_not_at_all() -> None:
     with torch.no_grad():
         other.lm_head.weight.zero_()  # the trainer goes on; the engine keeps what it was given
     torch.testing.assert_close(logits(), wanted, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 8), (3, 150), (151, 302), (7, 8)])
+def test_biases_for_gpus_lie_aligned(start: int, stop: int) -> None:
+    whole = torch.randn(3, 1, 2, 303).to(torch.bfloat16)
+    part = whole[1:, ..., start:stop]
+    copy = aligned(part)
+    assert torch.equal(copy, part)
+    assert all(stride % 8 == 0 for stride in copy.stride()[:-1])
+    assert copy.storage_offset() == 0

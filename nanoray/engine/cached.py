@@ -118,6 +118,9 @@ class CachedModel:
         self.device, self.compute_dtype = model.cos.device, model.compute_dtype
         # (a, b) -> (a cos + b sin, b cos - a sin) is a turn by -theta.
         self._turn_T1d = torch.complex(model.cos.float(), -model.sin.float())
+        if self.device.type == "cuda":
+            # cuDNN makes, and keeps, a plan for every length of the keys: one a step.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._unit = Unit(model.config.n_embd, self.device)
         self._unit_head = Unit(model.config.head_dim, self.device)
         state_dict = model.state_dict()
@@ -277,7 +280,7 @@ class CachedModel:
             if bias_B1RS is None:
                 bias_B1RS = self._bias(window, positions_BT, low, high)
             bias = bias_B1RS[rows, ..., keys.start - low : keys.stop - low]
-            return _Run(rows, slots, keys, bias)
+            return _Run(rows, slots, keys, bias if self.device.type == "cpu" else aligned(bias))
 
         call_keys = _CALL_KEYS_CPU if self.device.type == "cpu" else _CALL_KEYS_GPU
         segments = [(slice(0, len(slots_B)), 0)]
@@ -351,6 +354,14 @@ class CachedModel:
             share_NKR1 = (logsumexp_NKR - logsumexp_BKR[run.rows]).sigmoid_().unsqueeze(-1)
             out_BKRD[run.rows].lerp_(out_NKRD, share_NKR1.to(out_NKRD.dtype))
         return out_BKRD
+
+
+def aligned(bias_BhRS: Tensor) -> Tensor:
+    """A copy whose rows begin at multiples of 8 elements: what attention on GPUs asks of it."""
+    keys = bias_BhRS.size(-1)
+    padded = bias_BhRS.new_zeros((*bias_BhRS.shape[:-1], -(-keys // 8) * 8))
+    padded[..., :keys] = bias_BhRS
+    return padded[..., :keys]
 
 
 def _sharing(

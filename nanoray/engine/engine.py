@@ -372,6 +372,8 @@ class Engine:
         try:
             while not self._closed:
                 self._wake.clear()
+                if self._closed:  # since the look above, and then nobody wakes this again
+                    break
                 with self._lock:
                     worked = self.step()
                 if not worked:
@@ -386,5 +388,7 @@ class Engine:
 
 
 def _check_scored(reason: str | None, error: str | None) -> None:
+    if reason == "abort":
+        raise EngineClosedError(f"scoring ended early: {error}.")
     if reason != "stop":
         raise NanorayError(f"scoring ended early: {error}.")

@@ -126,6 +126,8 @@ def sample(
     logits_BV: fp32, left as they are. Rows are independent, and the tokens lie in the order of
     their ids: a rounding error moves a boundary by as much, and never swaps two tokens.
     """
+    if logits_BV.device.type == "mps":  # has no fp64
+        logits_BV = logits_BV.cpu()
     scores_BV = _with_bias(logits_BV, params_B)
     drawn = [b for b, params in enumerate(params_B) if params.temperature > 0]
     all_drawn = len(drawn) == len(params_B)

@@ -86,7 +86,7 @@ class Scheduler:
         requests, hiddens = self._prefill()
         rows = [r for r in self.running if r.pending == 1 and not isinstance(r, ScoreRequest)]
         if rows:
-            rows.sort(key=_place)
+            rows.sort(key=self._place)
             hiddens.append(self._forward(rows, [1] * len(rows))[:, 0])
             requests += rows
             self.counts["decode_steps"] += 1
@@ -206,8 +206,8 @@ class Scheduler:
                 self.cache.clear(request.slot.index)
         request.done.set()
 
-
-def _place(request: Request) -> tuple[int, int]:
-    """Rows of one prefix lie together, and in the order of their slots."""
-    slot = request.placed
-    return (slot.prefix.number if slot.prefix else 0, slot.index)
+    def _place(self, request: Request) -> tuple[int, int]:
+        """In the order of slots; on CPUs, which read it once, rows of one prefix together."""
+        slot = request.placed
+        together = slot.prefix and self.model.device.type == "cpu"
+        return (slot.prefix.number if slot.prefix and together else 0, slot.index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -250,9 +251,10 @@ class CoreSuite:
 
     def tasks(self) -> list[Task]:
         tasks = read_bundle(self.bundle, self.labels or None)
-        if self.max_per_task > 0:
-            tasks = [task.sample(self.max_per_task) for task in tasks]
-        return tasks
+        # All of a task is put in nanochat's order, too: what examples a question is shown with
+        # depends on it.
+        limit = self.max_per_task if self.max_per_task > 0 else sys.maxsize
+        return [task.sample(limit) for task in tasks]
 
     def items(self) -> list[tuple[str, int, int]]:
         return [
