@@ -196,6 +196,8 @@ def _spread(
     name: str, config: EvalConfig, suite: Any, items: Sequence[Any], source: Any
 ) -> Iterator[tuple[int, Any]]:
     """The suite's (index, result) from actors, as they come."""
+    import ray
+
     from nanoray import fleet
     from nanoray.evals.suites import threads_per_actor
 
@@ -203,8 +205,7 @@ def _spread(
 
     def settle() -> tuple[float, list[fleet.Needs]]:
         asked = config.gpus_per_actor
-        offered = fleet.offered_resources(with_autoscaler=config.wait_for_nodes > 0)
-        gpus = float(bool(offered.get("GPU"))) if asked is None else asked
+        gpus = float(bool(ray.cluster_resources().get("GPU"))) if asked is None else asked
         return gpus, [fleet.Needs(config.num_actors, config.cpus_per_actor, gpus, 0, 0, 0)]
 
     with fleet.when_there_is_room(settle, config.wait_for_nodes) as (gpus, _give_turn_back):

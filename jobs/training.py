@@ -67,7 +67,7 @@ def _dry_run(plan: RunPlan, room: str) -> None:
         _check_machine(plan, room)
     else:
         fleet.connect()
-        _plan, needs = _settle(plan, room, may_wait=False)
+        _plan, needs = _settle(plan, room)
         for one in needs:
             fleet.preflight(one)
 
@@ -82,12 +82,12 @@ def _check_machine(plan: RunPlan, room: str) -> None:
         fleet.check_resources(needs, have, "this machine")
 
 
-def _settle(plan: Plan, room: str, may_wait: bool) -> tuple[Plan, list[Needs]]:
-    """The plan for the connected cluster as it is now (may_wait: or could be), and its needs."""
-    from nanoray import fleet
+def _settle(plan: Plan, room: str) -> tuple[Plan, list[Needs]]:
+    """The plan for the connected cluster as it is now, and its needs."""
+    import ray
 
     budget: Budget[Plan] = importlib.import_module(f"{room}.needs")
-    plan = budget.with_gpus(plan, fleet.offered_resources(with_autoscaler=may_wait))
+    plan = budget.with_gpus(plan, ray.cluster_resources())
     return plan, budget.needs(plan)
 
 
@@ -105,8 +105,7 @@ def _train(plan: Plan, config: TrainConfig, room: str) -> int:
         if not fleet.on_cluster():
             imports.start()  # seconds, while Ray's own processes start
         fleet.connect(dashboard=config.dashboard)
-        wait_s = config.wait_for_nodes
-        room_found = fleet.when_there_is_room(lambda: _settle(plan, room, wait_s > 0), wait_s)
+        room_found = fleet.when_there_is_room(lambda: _settle(plan, room), config.wait_for_nodes)
         with room_found as (plan, give_turn_back):
             glue: Glue = importlib.import_module(glue_module)
             lease.check()  # it may have taken long

@@ -25,7 +25,6 @@ from nanoray.fleet.placement import (
     label_selector,
     living_nodes,
     nodes_for,
-    offered_resources,
 )
 from nanoray.fleet.pool import ActorPool
 from nanoray.fleet.turn import turn, when_there_is_room
@@ -51,7 +50,6 @@ __all__ = [
     "local_object_store_bytes",
     "local_resources",
     "nodes_for",
-    "offered_resources",
     "on_cluster",
     "preflight",
     "start_board",

@@ -57,17 +57,6 @@ def has_roles() -> bool:
     return any(_role(node) for node in living_nodes())
 
 
-def has_autoscaler() -> bool:
-    """Whether the cluster can add nodes to itself."""
-    return state.get_max_resources_from_cluster_config() is not None
-
-
-def offered_resources(with_autoscaler: bool) -> dict[str, float]:
-    """The cluster's resources; ``with_autoscaler``: also those of nodes that it could add."""
-    could_be = state.get_max_resources_from_cluster_config() if with_autoscaler else None
-    return {**(could_be or {}), **ray.cluster_resources()}
-
-
 class RoleWatch:
     """Notices when the last node goes that work of a role could be placed on.
 

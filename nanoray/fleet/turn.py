@@ -17,7 +17,6 @@ from nanoray.fleet.connect import Needs, NoRoomError, on_cluster, preflight
 from nanoray.fleet.placement import (
     ROLE_LABEL,
     Role,
-    has_autoscaler,
     has_roles,
     label_selector,
 )
@@ -91,10 +90,13 @@ def when_there_is_room(
     """`turn`, once the cluster has what is needed; yields what was settled, and what gives the
     turn back early.
 
-    While it waits others may start, and an autoscaler is asked for the nodes that are missing.
+    While it waits others may start, and an autoscaler is asked for the nodes that are missing. In
+    a cluster with roles it waits for a node of every role that is needed: which roles an
+    autoscaler could add, Ray (2.60) does not tell.
 
     Args:
-        settle: what depends on the cluster as it is at that moment, and what that needs.
+        settle: what depends on the cluster as it is at that moment (whether there are GPUs), and
+            what that needs.
         wait_s: most time to wait for room.
         say: is told that, and for what, once.
 
@@ -109,7 +111,7 @@ def when_there_is_room(
         with turn(left_s) as give_back:
             settled, needs = settle()
             late = left_s <= 0 or not on_cluster()
-            missing = _missing(needs, all_roles=not late and has_autoscaler())
+            missing = _missing(needs, all_roles=not late)
             if missing is None:
                 yield settled, give_back
                 return
@@ -181,7 +183,7 @@ def _places(needs: Sequence[Needs]) -> list[tuple[dict[str, float], dict[str, st
 
 
 def _selector(role: Role | None) -> dict[str, Any]:
-    """As `label_selector`, but where nodes may still come, in a cluster with roles, this one's."""
-    if role and has_roles() and has_autoscaler():
+    """As `label_selector`, but in a cluster with roles for this one's, whose nodes may come."""
+    if role and has_roles():
         return {ROLE_LABEL: role}
     return label_selector(role) if role else {}
