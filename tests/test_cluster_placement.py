@@ -15,6 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.train.v2.api.config import ScalingConfig
 
 from nanoray import fleet
+from nanoray.data import stream as data_stream
 from nanoray.data.blocks import Cursor
 from nanoray.data.stream import training_dataset
 from nanoray.errors import NanorayError
@@ -237,17 +238,20 @@ def test_data_tasks_run_on_data_nodes(
 ) -> None:
     plan = tiny_plan(corpus, tokenizer_dir, "placed")
     stream = plan.stream(load_tokenizer(tokenizer_dir))
-    dataset = training_dataset(
-        stream, Cursor(), tokenizer_dir, label_selector=fleet.label_selector("data")
-    )
+    pack_unit = data_stream.unit_block
 
-    def who(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        here = ray.get_runtime_context().get_node_id()
-        return {"node": np.array([here] * len(batch["unit"]))}
+    def told(*args: Any) -> Any:
+        (tmp_path / ray.get_runtime_context().get_node_id()).touch()
+        return pack_unit(*args)
 
-    # What comes after on the same blocks is fused with the packing, and tells where that ran.
-    rows = dataset.map_batches(who, batch_format="numpy").take(40)
-    assert {roles.role_of[row["node"]] for row in rows} == {"data"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_stream, "unit_block", told)  # travels with the task
+        dataset = training_dataset(
+            stream, Cursor(), tokenizer_dir, label_selector=fleet.label_selector("data")
+        )
+        assert dataset.take(40)
+    packed_on = {path.name for path in tmp_path.iterdir()} & set(roles.role_of)
+    assert {roles.role_of[place] for place in packed_on} == {"data"}
 
 
 @pytest.mark.slow

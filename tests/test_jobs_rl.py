@@ -76,7 +76,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
             {"rollout_actors": "500"},
             NanorayError,
             "500 for rollout actors need 501 logical CPUs, but this machine has .*; lower "
-            "--num-workers or --rollout-actors",
+            "--num-workers, --rollout-actors, --cpus-per-worker or --rollout-cpus",
         ),
         ({"task": "gsm8k", "data_dir": "nowhere"}, NanorayError, "no train .*--data-dir"),
     ],
