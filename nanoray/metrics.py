@@ -7,15 +7,15 @@ is absent. Keys are those of the README's table and stay stable.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanoray import storage
-from nanoray.errors import NanorayError
 
 Record = Mapping[str, Any]
 Sink = Callable[[Record], None]
@@ -55,51 +55,58 @@ class MetricsLog:
         self._uri = uri
         self._sinks = list(sinks)
         kept = [r for r in read_records(uri) if r.get("step", 0) <= keep_until_step]
-        self._lines = [json.dumps(record) + "\n" for record in kept]
-        storage.write_text(uri, "".join(self._lines))
+        self._text = bytearray("".join(json.dumps(record) + "\n" for record in kept).encode())
+        storage.write_bytes(uri, self._text)
         self._file = None
         if storage.is_local(uri):
-            self._lines = []
-            self._file = open(storage.normalize(uri), "a", encoding="utf-8")  # noqa: SIM115
+            self._text.clear()  # it holds what could not be written yet
+            self._file = open(storage.normalize(uri), "ab", buffering=0)  # noqa: SIM115
 
     def log(self, record: Record) -> None:
-        """Append one record (JSON numbers and strings) and flush it."""
+        """Append one record (JSON numbers and strings), at once where there is room for it."""
         line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
+        self._text += line.encode()
         if self._file:
-            with self._explained():
-                self._file.write(line)
-                self._file.flush()
-        else:
-            self._lines.append(line)
+            with contextlib.suppress(OSError):
+                self._append(self._file)
         for sink in self._sinks:
             sink(record)
 
     def sync(self) -> None:
-        """Make the log durable: fsync, or upload to the object store."""
-        with self._explained():
-            if self._file:
-                os.fsync(self._file.fileno())
-            else:
-                storage.write_text(self._uri, "".join(self._lines))
+        """Make the log durable: fsync, or upload to the object store.
+
+        A full disk, or a store that is away, costs no record: they are kept until they can be
+        written, and whether a run goes on meanwhile is for its checkpoints to say.
+        """
+        with contextlib.suppress(Exception):  # every store has its own
+            self._sync()
 
     def close(self) -> None:
+        """Raises NanorayError where records are lost."""
         for sink in self._sinks:
             if isinstance(sink, WandbSink):
                 sink.close()
-        self.sync()
-        if self._file:
-            with self._explained():
+        try:
+            with storage.explained(
+                f"metrics cannot be written to {self._uri}",
+                "make room or mend the storage, then run the same command again to go on from "
+                "the last checkpoint",
+            ):
+                self._sync()
+        finally:
+            if self._file:
                 self._file.close()
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise NanorayError(
-                f"metrics cannot be written to {self._uri} ({error}); make room or mend the "
-                f"storage, then run the same command again to go on from the last checkpoint"
-            ) from error
+    def _append(self, file: io.FileIO) -> None:
+        while self._text:  # of what fits partly, the rest follows later
+            del self._text[: file.write(self._text)]
+
+    def _sync(self) -> None:
+        if self._file:
+            self._append(self._file)
+            os.fsync(self._file.fileno())
+        else:
+            storage.write_bytes(self._uri, self._text)
 
 
 class WandbSink:

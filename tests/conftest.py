@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,30 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def local_root(tmp_path: Path) -> str:
     """A folder for checkpoints."""
     return str(tmp_path / "checkpoints")
+
+
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, of 1 MB or of the size that is its parameter."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = [
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        f"size={getattr(request, 'param', '1m')}",
+        "tmpfs",
+        str(folder),
+    ]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("may not mount a small disk here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -252,21 +252,6 @@ def test_files_that_do_not_fit(local_root: str, forker: Forker) -> None:
     assert_latest(local_root, 1)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("may not mount a small disk here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_a_full_disk(small_disk: Path) -> None:
     """1 MB, of which a checkpoint takes 360 KB: the third does not fit. Two workers."""
     root = str(small_disk / "checkpoints")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,11 +127,30 @@ def test_scores_do_not_depend_on_what_is_asked_together(monkeypatch: pytest.Monk
     alone = [scorer.score([question])[0] for question in questions]
     backwards = scorer.score(questions[::-1])[::-1]
     monkeypatch.setattr(core_score, "_CHUNK", 7)
-    monkeypatch.setattr(scorer, "_cache_tokens", 1)  # one question at a time
+    monkeypatch.setattr(core_score, "_CPU_CACHE_TOKENS", 1)  # one question at a time
     chopped = scorer.score(questions)
     for scores in zip(together, alone, backwards, chopped):
         for other in scores[1:]:
             assert_close(other, scores[0])
+
+
+@pytest.mark.parametrize(
+    ("free", "positions"),
+    [(0, 0), (24 * 2**30, 6 * 2**30 // (20 * 2 * 10 * 128 * 2)), (140 * 2**30, 256 * 2**10)],
+)
+def test_on_a_gpu_the_cache_takes_a_share_of_what_is_free(
+    free: int, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GPTConfig(
+        sequence_len=2048, vocab_size=2**15, n_layer=20, n_head=10, n_kv_head=10, n_embd=1280
+    )
+    model = SimpleNamespace(
+        config=config, device=torch.device("cuda"), compute_dtype=torch.bfloat16
+    )
+    monkeypatch.setattr(core_score, "CachedModel", lambda _: model)
+    monkeypatch.setattr(core_score, "free_bytes", lambda _: free)
+    scorer = CachedScorer(model, TOKENIZER)  # type: ignore[arg-type]
+    assert scorer._cache_tokens() == positions
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,13 +12,16 @@ import pytest
 import torch
 from checkpoints import assert_latest, make_snapshot, make_writers, names
 from gloo import run_gloo
-from pretrain_runs import losses, run_plan, tiny_plan, work
+from pretrain_runs import blocks_of, losses, run_plan, tiny_plan, work
 
 from nanoray.checkpoint import Checkpoint, list_steps
 from nanoray.checkpoint.writer import CheckpointWriter, SaveFailedError, Snapshot
 from nanoray.lease import LeaseLostError
+from nanoray.metrics import Record
 from nanoray.train.run_plan import RunPlan
 from nanoray.train.saving import AgreedSaves
+from nanoray.train.stages import run_worker
+from nanoray.train.worker import Hooks
 from nanoray.train.world import World
 
 STEPS = 20
@@ -50,6 +54,39 @@ def test_a_disk_that_was_full_once(home: Path, corpus: str, tokenizer_dir: str) 
     assert saves.tried[:2] == [5, 10]
     assert 10 < saves.tried[2] < 15, "again at once, not an interval later"
     assert list_steps(plan.checkpoints_dir) == [5, saves.tried[2], 15, 20]
+
+
+@pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
+def test_a_disk_that_is_really_full_for_a_while(
+    small_disk: Path, corpus: str, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics, samples and the summary, which cannot be written either, do not end the run."""
+    monkeypatch.setenv("NANORAY_HOME", str(small_disk))
+    changes = {"save_every": 5, "sample_every": 3, "keep_checkpoints": 9}
+    plan = tiny_plan(corpus, tokenizer_dir, "squeezed", **changes)
+    ballast = small_disk / "ballast"
+    warnings = []
+
+    def fill(record: Record) -> None:
+        if record["step"] == 8:
+            disk = os.statvfs(small_disk)
+            ballast.write_bytes(bytes(disk.f_bavail * disk.f_frsize))
+
+    def make_room(record: Record) -> None:
+        if "warning" in record:
+            warnings.append(record["warning"])
+        if "trying once more" in record.get("warning", ""):
+            ballast.unlink()
+
+    hooks = Hooks(sinks=[fill], post=make_room)
+    world = World(0, 1, torch.device("cpu"))
+    assert run_worker(plan, world, blocks_of(), hooks, 0)["status"] == "finished"
+    assert list(losses(plan)) == list(range(1, STEPS + 1))
+    again, *later = [step for step in list_steps(plan.checkpoints_dir) if step > 5]
+    assert 10 < again < 15
+    assert later == [15, 20]
+    assert any("samples" in said and "No space left" in said for said in warnings)
+    assert "Step 18" in (small_disk / "runs" / "squeezed" / "samples.md").read_text()
 
 
 def test_a_disk_that_stays_full(home: Path, corpus: str, tokenizer_dir: str) -> None:

@@ -25,9 +25,11 @@ DAMAGED = (
     "the model gives NaN or infinite logits; its weights are damaged: evaluate another checkpoint"
 )
 _CHUNK = 256  # tokens of one row per forward pass: windows and the causal half save the rest
-# Positions that the cache holds; 64 MB for width 256, 4 layers, fp32.
+# Positions that the cache holds at most; on a CPU 64 MB for width 256, 4 layers, fp32. More than
+# this share of what a GPU has left it never takes: at depth 20 all of them are 27 GB.
 _CPU_CACHE_TOKENS = 8 * 2**10
 _GPU_CACHE_TOKENS = 256 * 2**10
+_GPU_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,25 @@ class CachedScorer:
         self.model = CachedModel(model)
         self.max_len = model.config.rotary_len
         self.bos_id, self.encode = tokenizer.bos_id, tokenizer.encode
-        on_cpu = self.model.device.type == "cpu"
-        self._cache_tokens = _CPU_CACHE_TOKENS if on_cpu else _GPU_CACHE_TOKENS
 
     def score(self, questions: Sequence[Question]) -> list[list[SpanScore]]:
         scores: list[list[SpanScore]] = [[] for _ in questions]
         for cache_len, order in self._by_length(questions).items():
-            slots = min(len(order), max(1, self._cache_tokens // cache_len))
+            slots = min(len(order), max(1, self._cache_tokens() // cache_len))
             cache = KVCache(self.model, slots, cache_len)
             for first in range(0, len(order), slots):
                 batch = order[first : first + slots]
                 self._score_batch(cache, [questions[i] for i in batch], [scores[i] for i in batch])
         return scores
+
+    def _cache_tokens(self) -> int:
+        """Positions for the next cache: it may stand beside a training run's optimiser."""
+        model, config = self.model, self.model.config
+        if model.device.type == "cpu":
+            return _CPU_CACHE_TOKENS
+        position = 2 * config.n_layer * config.n_kv_head * config.head_dim
+        position_bytes = position * model.compute_dtype.itemsize
+        return min(_GPU_CACHE_TOKENS, int(_GPU_SHARE * free_bytes(model.device)) // position_bytes)
 
     def _by_length(self, questions: Sequence[Question]) -> dict[int, list[int]]:
         """Questions by the cache length that they need (a power of two), alike ones together."""
@@ -205,6 +214,14 @@ def pool(scores: Sequence[TokenScore]) -> SpanScore:
         return EMPTY_SPAN
     losses, gaps, greedy = zip(*scores)
     return SpanScore(math.fsum(losses) / len(losses), min(gaps), all(greedy))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that this process could still take, what torch holds in reserve included."""
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + reserve
 
 
 def padded(rows: Sequence[Sequence[int]], padding: int) -> Tensor:

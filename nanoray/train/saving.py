@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from nanoray.checkpoint.writer import CheckpointWriter, SaveFailedError
 from nanoray.errors import NanorayError
+from nanoray.lease import LeaseLostError
 from nanoray.metrics import Sink
 from nanoray.train.world import World
+
+
+@contextlib.contextmanager
+def dispensable(what: str, post: Sink) -> Iterator[None]:
+    """Around the writing of what a run can do without: a failure is told, and the run goes on.
+
+    Whether it can go on with a full disk, or a store that is away, is for its saves to say.
+    """
+    try:
+        yield
+    except LeaseLostError:
+        raise
+    except Exception as error:  # every store has its own
+        post({"warning": f"{what} cannot be written now ({error})"})
 
 
 class AgreedSaves:

@@ -34,7 +34,7 @@ from nanoray.optim.sharded import MuonAdamW
 from nanoray.train.record import record_samples, record_summary, summary
 from nanoray.train.resume import StartLostError
 from nanoray.train.run_plan import RunPlan
-from nanoray.train.saving import AgreedSaves
+from nanoray.train.saving import AgreedSaves, dispensable
 from nanoray.train.watch import LossWatch, Progress, TrainingHealthError
 from nanoray.train.world import World
 
@@ -342,7 +342,8 @@ class TrainWorker(ABC):
         self.model.eval()
         text = self._sample_text()
         self.model.train()
-        record_samples(self.plan, self.progress.step, text)
+        with dispensable("samples.md", self.hooks.post):
+            record_samples(self.plan, self.progress.step, text)
         self.hooks.post({"samples": text})
 
     def _save(self) -> None:
@@ -369,7 +370,8 @@ class TrainWorker(ABC):
         )
         if self.log:
             self.log.sync()
-            self._write_summary("running")
+            with dispensable("summary.json", self.hooks.post):
+                self._write_summary("running")
 
     def _meta(self, position: Record) -> dict[str, Any]:
         """No state of a random generator: all randomness is a function of seed and step."""
