@@ -34,8 +34,8 @@ pytestmark = [
 OFTEN: dict[str, dict[str, Any]] = {
     "pretrain": {"eval-every": 20},
     "sft": {
-        "eval-every": 10, "chatcore-every": 10, "chatcore-tasks": "arithmetic",
-        "chatcore-max-sample": 2, "chatcore-max-tokens": 4,
+        "eval-every": 10, "validation": "arithmetic", "chatcore-every": 10,
+        "chatcore-tasks": "arithmetic", "chatcore-max-sample": 2, "chatcore-max-tokens": 4,
     },
     "rl": {"eval-every": 2},
 }  # fmt: skip
