@@ -38,7 +38,8 @@ chaos: .venv/installed
 	$(BIN)/python cluster/chaos.py --runs 20 --seed 0
 
 # NANOCHAT=DIR, a checkout of the peer, adds the comparisons with it; BUNDLE=DIR, the folder of the
-# CORE eval bundle, the one on CORE. (bench/sft.py --data DIR measures on real conversations, too.)
+# CORE eval bundle, the one on CORE. (bench/sft.py --data DIR measures on real conversations, too;
+# bench/gpu.py, by itself, what a GPU makes of training steps and the engine.)
 bench: .venv/installed
 	for name in loss_memory startup ray_overhead demo sft rollouts rl_learning serve step_time; do $(BIN)/python bench/$$name.py || exit 1; done
 ifdef NANOCHAT
