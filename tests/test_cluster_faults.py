@@ -96,8 +96,10 @@ def test_a_data_node_dies(nodes: Nodes, planner: Planner) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("role", ["trainer", "data"])
-def test_the_last_node_of_a_role_is_waited_for(home: Path, planner: Planner, role: str) -> None:
+@pytest.mark.parametrize(("role", "deadline_s"), [("trainer", 600), ("data", 3600)])
+def test_the_last_node_of_a_role_is_waited_for(
+    home: Path, planner: Planner, role: Any, deadline_s: int
+) -> None:
     """Training does not move to nodes of other roles, says what it waits for, and goes on."""
     make_plan = partial(planner("pretrain"), num_iterations=LONG)
     calm = make_plan("calm")
@@ -117,7 +119,7 @@ def test_the_last_node_of_a_role_is_waited_for(home: Path, planner: Planner, rol
         assert run_on(plan, watch)["status"] == "finished"
     told = [text for text in watch.warnings if f"{role} node" in text]
     assert told == [
-        f"no {role} node is left; waiting 600 s at most for one",
+        f"no {role} node is left; waiting {deadline_s} s at most for one",
         f"there is a {role} node again",
     ]
     watch.assert_one_start_again()
