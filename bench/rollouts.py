@@ -48,7 +48,7 @@ from nanoray.rl.pool import PoolClient, close_pool, start_pool
 from nanoray.rl.prompts import draw_seed, example_index
 from nanoray.rl.reward_worker import TaskReward
 from nanoray.rl.sampler import SamplerSettings
-from nanoray.rl.supervisor import PoolSettings
+from nanoray.rl.terms import PoolSettings
 from nanoray.tasks.catalog import Sources, load_task
 from nanoray.tools import calculate
 

@@ -209,6 +209,7 @@ def _spread(
         return gpus, [fleet.Needs(config.num_actors, config.cpus_per_actor, gpus, 0, 0, 0)]
 
     with fleet.when_there_is_room(settle, config.wait_for_nodes) as (gpus, _give_turn_back):
+        source = replace(source, on_gpu=bool(gpus))
         if not gpus:
             source = replace(source, num_threads=threads_per_actor(config.num_actors))
         pool: fleet.ActorPool[Any, Any] = fleet.ActorPool(

@@ -91,8 +91,12 @@ def scale(config: RlScaleConfig) -> int:
         raise NanorayError(
             f"run {run} is not running ({why}); start it with --rollout-actors {config.actors}"
         )
-    write_scale(storage.run_dir(run), config.actors)
-    print(f"run {run} is told to have {config.actors} rollout actors")
+    if config.actors == "auto":
+        write_scale(storage.run_dir(run), None)
+        print(f"run {run} is told to scale its rollout pool by itself")
+    else:
+        write_scale(storage.run_dir(run), config.actors)
+        print(f"run {run} is told to have {config.actors} rollout actors")
     return 0
 
 

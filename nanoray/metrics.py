@@ -12,6 +12,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanoray import storage
 Record = Mapping[str, Any]
 Sink = Callable[[Record], None]
 WANDB_DEADLINE_S = 60.0
+UPLOAD_PERIOD_S = 30.0  # of a log on an object store, so that others can follow a run
 
 
 def read_records(uri: str) -> list[dict[str, Any]]:
@@ -46,7 +48,8 @@ class MetricsLog:
     """Appends records to ``metrics.jsonl`` and hands them to sinks.
 
     Args:
-        uri: the file. On an object store the log grows in memory and is uploaded by `sync`.
+        uri: the file. On an object store the log grows in memory and is uploaded as a whole, by a
+            thread every half a minute, and by `sync`.
         keep_until_step: records of later steps are cut off (they are about to be done again).
         sinks: called with every record, in order.
     """
@@ -54,9 +57,12 @@ class MetricsLog:
     def __init__(self, uri: str, keep_until_step: int, sinks: Sequence[Sink] = ()) -> None:
         self._uri = uri
         self._sinks = list(sinks)
+        self._writing = threading.Lock()
+        self._uploader: threading.Thread | None = None
+        self._next_upload = time.monotonic() + UPLOAD_PERIOD_S
         kept = [r for r in read_records(uri) if r.get("step", 0) <= keep_until_step]
         self._text = bytearray("".join(json.dumps(record) + "\n" for record in kept).encode())
-        storage.write_bytes(uri, self._text)
+        storage.write_bytes(uri, bytes(self._text))
         self._file = None
         if storage.is_local(uri):
             self._text.clear()  # it holds what could not be written yet
@@ -69,6 +75,9 @@ class MetricsLog:
         if self._file:
             with contextlib.suppress(OSError):
                 self._append(self._file)
+        elif time.monotonic() > self._next_upload:
+            self._next_upload = time.monotonic() + UPLOAD_PERIOD_S
+            self._start_upload()
         for sink in self._sinks:
             sink(record)
 
@@ -97,6 +106,11 @@ class MetricsLog:
             if self._file:
                 self._file.close()
 
+    def _start_upload(self) -> None:
+        if not (self._uploader and self._uploader.is_alive()):
+            self._uploader = threading.Thread(target=self.sync, name="metrics", daemon=True)
+            self._uploader.start()
+
     def _append(self, file: io.FileIO) -> None:
         while self._text:  # of what fits partly, the rest follows later
             del self._text[: file.write(self._text)]
@@ -105,8 +119,9 @@ class MetricsLog:
         if self._file:
             self._append(self._file)
             os.fsync(self._file.fileno())
-        else:
-            storage.write_bytes(self._uri, self._text)
+            return
+        with self._writing:  # what is uploaded later is newer
+            storage.write_bytes(self._uri, bytes(self._text))
 
 
 class WandbSink:

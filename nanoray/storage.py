@@ -175,7 +175,7 @@ def make_dirs(uri: str) -> None:
         os.makedirs(normalize(uri), exist_ok=True)
 
 
-def write_bytes(uri: str, data: bytes | bytearray | memoryview) -> None:
+def write_bytes(uri: str, data: bytes | memoryview) -> None:
     """Write a whole file atomically, creating its folder; a failure leaves what was there."""
     if not is_local(uri):
         fs, path = filesystem(uri)

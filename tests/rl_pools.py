@@ -11,7 +11,8 @@ import numpy as np
 from nanoray.rl.groups import Group, Sample
 from nanoray.rl.ledger import LedgerRules
 from nanoray.rl.seat import ActorLostError, Weights
-from nanoray.rl.supervisor import PoolSettings, Supervisor
+from nanoray.rl.supervisor import Supervisor
+from nanoray.rl.terms import PoolSettings
 
 
 def make_group(number: int, version: int, rewards: Sequence[float] = (0.0, 1.0)) -> Group:
@@ -73,7 +74,10 @@ class World:
 
     def __init__(self, questions: int = 4, **changes: Any) -> None:
         rules = {"num_steps": 100, "questions_per_step": questions, "bundle_size": 2}
-        sizes = {"low": 1, "high": 4, "bundle_deadline_s": 5.0, "start_deadline_s": 5.0}
+        sizes = {
+            "low": 1, "high": 4,
+            "bundle_deadline_s": 5.0, "start_deadline_s": 5.0, "place_deadline_s": 5.0,
+        }  # fmt: skip
         self.rules = LedgerRules(**rules | {k: v for k, v in changes.items() if k not in sizes})  # type: ignore[arg-type]
         self.settings = PoolSettings(
             **sizes | {k: v for k, v in changes.items() if k in sizes},  # type: ignore[arg-type]

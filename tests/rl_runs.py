@@ -20,7 +20,7 @@ from nanoray.rl.plan import RlPlan, ledger_rules, make_rl_plan, sampler_settings
 from nanoray.rl.reward_worker import open_reward
 from nanoray.rl.rewards import Reward
 from nanoray.rl.sampler import Sampler
-from nanoray.rl.supervisor import Taken
+from nanoray.rl.terms import Taken
 from nanoray.rl.worker import RlWorker, Rollouts
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
@@ -113,7 +113,7 @@ class LocalRollouts:
         self._sampler.load_weights(weights, version)
         self._ledger.publish(version)
 
-    def take(self, step: int) -> Taken:
+    def take(self, step: int, stop_reason: Callable[[], str] = lambda: "") -> Taken:
         while (numbers := self._ledger.take()) is None:
             flight = self._ledger.hand_out(0)
             assert flight is not None
@@ -127,6 +127,8 @@ class LocalRollouts:
         taken = [self.groups[number] for number in numbers]
         self.steps.append(taken)
         return Taken(taken, {})
+
+    def evaluating(self, begins: bool) -> None: ...
 
     def trained(self, step: int) -> None:
         self._ledger.trained([group.number for group in self.steps[-1]])

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,7 +35,8 @@ from nanoray.rl.journal import Journal
 from nanoray.rl.ledger import Ledger
 from nanoray.rl.plan import ledger_rules
 from nanoray.rl.pool import pool_numbers
-from nanoray.rl.supervisor import PoolSettings, Supervisor, Taken
+from nanoray.rl.supervisor import Supervisor
+from nanoray.rl.terms import PoolSettings, Taken
 from serve.observe import METRICS
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +75,7 @@ def alert_queries() -> list[str]:
 class PooledRollouts(LocalRollouts):
     """With the figures that the pool of a cluster adds."""
 
-    def take(self, step: int) -> Taken:
+    def take(self, step: int, stop_reason: Callable[[], str] = lambda: "") -> Taken:
         return Taken(super().take(step).groups, Journal().figures((), self._ledger))
 
 

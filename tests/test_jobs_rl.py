@@ -197,7 +197,7 @@ def one_core(tmp_path: Path) -> dict[str, str]:
     """An environment in which every process believes so: a learner's sums are as in this one."""
     folder = tmp_path / "one_core"
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text("import os\nos.cpu_count = lambda: 1\n")
+    (folder / "sitecustomize.py").write_text("import os\nos.sched_getaffinity = lambda pid: {0}\n")
     return {"PYTHONPATH": str(folder)}
 
 
@@ -227,6 +227,11 @@ def test_a_job_its_status_and_the_loss_of_everything(
     while_it_runs = told("status", "mine")
     assert "run mine: next step" in while_it_runs
     assert "in flight" in while_it_runs
+    for size in (3, 1):
+        assert f"told to have {size} rollout actors" in told("scale", "mine", str(size))
+        job.wait_for(lambda size=size: len(json.loads(status.read_text())["actors"]) == size)
+    assert "from 3 to 1 rollout actors" in told("status", "mine")
+    assert "to scale its rollout pool by itself" in told("scale", "mine", "auto")
     job.wait_for(lambda: list_steps(mine.checkpoints_dir))
     job.process.send_signal(signal.SIGKILL)
     job.end()

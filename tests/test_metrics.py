@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +183,27 @@ def test_no_record_is_lost_while_a_disk_is_full(small_disk: Path) -> None:
             log.sync()
     log.close()
     assert steps(uri) == list(range(1, 3001))
+
+
+def test_a_log_on_a_bucket_can_be_followed() -> None:
+    """Without a save in between, which may take an hour to come."""
+    uri = f"memory://bucket-{uuid.uuid4().hex[:8]}/metrics.jsonl"
+    log = MetricsLog(uri, 0)
+    log.log({"step": 1})
+    log._next_upload = 0.0  # the time has come
+    log.log({"step": 2})
+    wait_until(lambda: steps(uri) == [1, 2])
+    log.log({"step": 3})
+    time.sleep(0.1)
+    assert steps(uri) == [1, 2], "not with every record"
+    log.close()
+
+
+def wait_until(fulfilled: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not fulfilled():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_no_record_is_lost_while_a_bucket_is_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanoray.engine.sampling import SamplingParams, sample
 from nanoray.errors import NanorayError
@@ -393,3 +394,13 @@ def test_score_agrees_with_the_engines_sampler(top_k: int, dtype: torch.dtype) -
     logprobs, _ = score(logits, torch.tensor(drawn.tokens), 0.8, top_k)
     assert logprobs.dtype == torch.float32
     assert logprobs.tolist() == pytest.approx(drawn.sampled_logprobs, abs=1e-5)
+
+
+def test_figures_leave_their_device() -> None:
+    """Workers on several GPUs add theirs up; and Apple's GPUs know no float64."""
+    with FakeTensorMode():
+        scores_BT = torch.zeros(2, 3, device="cuda")
+        sampled_BT = torch.ones(2, 3, dtype=torch.bool, device="cuda")
+        figures = Metrics.of(sampled_BT, scores_BT, scores_BT, sampled_BT, scores_BT)
+    assert (figures.sums.device.type, figures.sums.dtype) == ("cpu", torch.float64)
+    assert (figures.ratio_max.device.type, figures.ratio_max.dtype) == ("cpu", torch.float64)

@@ -143,6 +143,47 @@ def test_a_wait_in_vain_ends_with_what_was_waited_for() -> None:
     run(scenario())
 
 
+def test_actors_without_a_place_are_waited_for() -> None:
+    """Spot nodes may be gone for a while, which is no loss of actors."""
+
+    async def scenario() -> None:
+        world = World(low=2, high=2, start_deadline_s=0.02, bundle_deadline_s=0.01)
+        there = asyncio.Event()
+
+        async def finds_a_place(actor: FakeActor) -> None:
+            await there.wait()
+
+        world.start = finds_a_place  # type: ignore[method-assign]
+        await world.supervisor.begin("a", 0, None)
+        step = asyncio.ensure_future(world.step(0))
+        await asyncio.sleep(0.5)
+        assert len(world.actors) > 12, "one start after the other was late"
+        assert not step.done()
+        there.set()
+        assert await step == [0, 1, 2, 3]
+        status = world.supervisor.status()
+        assert (status["target"], status["counts"]["actors_lost"]) == (2, 0)
+        await world.supervisor.close()
+
+    run(scenario())
+
+
+def test_places_that_never_come_end_the_run_with_a_sentence() -> None:
+    async def scenario() -> None:
+        world = World(start_deadline_s=0.02, place_deadline_s=0.2)
+
+        async def waits(actor: FakeActor) -> None:
+            await asyncio.sleep(60)
+
+        world.start = waits  # type: ignore[method-assign]
+        await world.supervisor.begin("a", 0, None)
+        with pytest.raises(NanorayError, match=r"nothing was sampled.*found no place within 0.02"):
+            await world.step(0)
+        await world.supervisor.close()
+
+    run(scenario())
+
+
 def test_dead_receivers_do_not_delay_the_learner() -> None:
     async def scenario() -> None:
         world = World(low=3)

@@ -35,7 +35,8 @@ from nanoray.rl.pool import (
 from nanoray.rl.reward_worker import TaskReward
 from nanoray.rl.sampler import SamplerSettings
 from nanoray.rl.seat import ActorLostError
-from nanoray.rl.supervisor import PoolSettings, Supervisor
+from nanoray.rl.supervisor import Supervisor
+from nanoray.rl.terms import PoolSettings
 from nanoray.tokenizer import ByteTokenizer
 
 SHAPE = {"sequence_len": 256, "n_layer": 2}

@@ -22,7 +22,7 @@ from nanoray.rl import ray_glue as rl_glue
 from nanoray.rl.needs import with_gpus
 from nanoray.rl.plan import RlPlan, ledger_rules, sampler_settings
 from nanoray.rl.pool import PoolClient, close_pool, start_pool
-from nanoray.rl.supervisor import PoolSettings
+from nanoray.rl.terms import PoolSettings
 from nanoray.train import ray_glue
 from nanoray.train.record import record_config
 

@@ -115,7 +115,6 @@ def test_the_pool_grows_when_the_learner_waits_and_shrinks_when_it_does_not() ->
                 pace |= {"sample": 0.001, "train": 0.03}
             await world.step(step)
             await asyncio.sleep(pace["train"])
-            world.supervisor.autoscale()
             sizes.append(world.supervisor.status()["target"])
         assert max(sizes[:20]) >= 3
         assert sizes[-1] == 1
@@ -142,17 +141,49 @@ def test_a_pool_that_finds_no_place_for_more_goes_on_with_what_it_has() -> None:
         sizes = []
         for step in range(20):
             await world.step(step)
-            world.supervisor.autoscale()
             sizes.append(world.supervisor.status()["target"])
         assert max(sizes) == 2, "it waits for one place at a time"
+        await asyncio.sleep(0.4)
+        assert "found no place within 0.2 s; going on with 1 rollout actors" in world.events
         world.supervisor.resize(5)
         await world.step(20)
         await asyncio.sleep(0.4)
         status = world.supervisor.status()
-        assert (status["target"], status["error"], status["counts"]["actors_lost"]) == (1, "", 0)
-        assert "found no place within 0.2 s; going on with 1 rollout actors" in world.events
+        assert (status["target"], status["error"], status["counts"]["actors_lost"]) == (5, "", 0)
+        assert "found no place within 0.2 s; another one waits in its stead" in world.events
         await world.step(21)
         await world.supervisor.close()
+
+    run(scenario())
+
+
+def test_long_steps_and_evaluations_do_not_make_the_pool_go_to_and_fro() -> None:
+    """A step of several windows, half of it sampling and half of it training, is even."""
+
+    async def scenario() -> None:
+        world = World(questions=2, low=1, high=8)
+        supervisor = world.supervisor
+
+        async def takes_time(actor: FakeActor, numbers: Sequence[int]) -> None:
+            await asyncio.sleep(0.25)
+
+        world.before_sample = takes_time  # type: ignore[method-assign]
+        await supervisor.begin("a", 0, None)
+        sizes = []
+        for step in range(8):
+            await world.step(step)
+            await asyncio.sleep(0.25)
+            if step in (2, 5):
+                await supervisor.evaluating("a", True)
+                assert supervisor.status()["learner"]["state"] == "evaluating"
+                await asyncio.sleep(1.0)
+                await supervisor.evaluating("a", False)
+            assert supervisor.status()["learner"]["state"] == "training"
+            sizes.append(supervisor.status()["target"])
+        assert sizes == [1] * 8
+        figures = (await supervisor.take("a", 7)).figures
+        assert abs(figures["learner_idle"] - 0.5) < 0.1
+        await supervisor.close()
 
     run(scenario())
 

@@ -110,6 +110,36 @@ def test_a_restarted_learner_goes_on_from_its_checkpoint_and_shuts_the_old_one_o
     run(scenario())
 
 
+def test_a_learner_that_is_to_stop_waits_no_more() -> None:
+    """All its workers get the same answer; what was there before they were told still counts."""
+
+    async def scenario() -> None:
+        world = World()
+
+        async def hangs(actor: FakeActor, numbers: Sequence[int]) -> None:
+            if numbers[0] >= 4:
+                await asyncio.sleep(60)
+
+        world.before_sample = hangs  # type: ignore[method-assign]
+        supervisor = world.supervisor
+        await supervisor.begin("a", 0, None)
+        await world.step(0)
+        state = await supervisor.ledger_state("a")
+        waiting = [asyncio.ensure_future(supervisor.take("a", 1)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert len((await supervisor.take("a", 0)).groups) == 4
+        await supervisor.stop("a")
+        taken = [*await asyncio.gather(*waiting), await supervisor.take("a", 1)]
+        assert [list(batch.groups) for batch in taken] == [[], [], []]
+        assert await supervisor.ledger_state("a") == state
+        await supervisor.begin("b", 1, state)  # a start again may take
+        world.before_sample = World.before_sample.__get__(world)  # type: ignore[method-assign]
+        assert await world.step(1, "b") == [4, 5, 6, 7]
+        await supervisor.close()
+
+    run(scenario())
+
+
 def test_two_starts_of_the_learner_have_two_names() -> None:
     async def scenario() -> None:
         world = World()

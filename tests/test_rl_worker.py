@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 import torch
 from gloo import run_gloo
 from pretrain_runs import GradientRecorder, noisy, run_plan, tiny_plan, weights
-from rl_runs import LocalRollouts, make_guesser, rl_plan
+from rl_runs import LocalRollouts, make_guesser, rl_plan, run_alone
 
-from nanoray.checkpoint import Checkpoint
+from nanoray.checkpoint import Checkpoint, list_steps
 from nanoray.errors import NanorayError
 from nanoray.rl import flat
 from nanoray.rl.groups import Group, Sample, to_batch
 from nanoray.rl.plan import RlPlan
+from nanoray.rl.terms import Taken
 from nanoray.rl.worker import RlWorker
 from nanoray.train.worker import Hooks
 from nanoray.train.world import World
@@ -97,6 +99,41 @@ def test_stopped_and_resumed_it_is_bitwise_the_same(
         after = last.model_state()
     matrices = [name for name in before if ".h." in name]  # these do not decay by themselves
     assert any((before[name] != after[name]).any() for name in matrices), "there was a gradient"
+
+
+class ToldToStop(LocalRollouts):
+    """Waits for groups at a step, in vain, until the learner is told to stop."""
+
+    def __init__(self, plan: RlPlan, at_step: int) -> None:
+        super().__init__(plan)
+        self._at_step = at_step
+
+    def take(self, step: int, stop_reason: Callable[[], str] = lambda: "") -> Taken:
+        if step < self._at_step:
+            return super().take(step)
+        assert stop_reason() == "SIGTERM"
+        return Taken((), {})
+
+
+@pytest.mark.parametrize("at_step", [0, 2, 3])
+def test_stopped_while_it_waits_it_saves_what_it_has(
+    home: Path, corpus: str, tokenizer_dir: str, tmp_path: Path, at_step: int
+) -> None:
+    guesser = make_guesser(corpus, tokenizer_dir, tmp_path)
+    shape = {"num_iterations": 4, "save_every": 2}
+    whole, cut = (rl_plan(**guesser, run=run, **shape) for run in ("whole", "cut"))
+    assert run_alone(whole)["status"] == "finished"
+    reasons = iter([""] * at_step)
+    hooks = Hooks(stop_reason=lambda: next(reasons, "SIGTERM"))
+    world = World(0, 1, torch.device("cpu"))
+    worker = RlWorker(cut, world, hooks, 0, ToldToStop(cut, at_step))
+    summary = worker.run()
+    worker.close()
+    assert (summary["status"], summary["step"]) == ("stopped", at_step)
+    assert summary["stop_reason"] == "SIGTERM"
+    assert list_steps(cut.checkpoints_dir) == {0: [], 2: [2], 3: [2, 3]}[at_step]
+    assert run_alone(cut, start_step=at_step)["status"] == "finished"
+    assert weights(whole, 4) == weights(cut, 4)
 
 
 def learner_gradients(

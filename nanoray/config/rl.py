@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from nanoray.config.base import JobConfig, WorkerRange
 from nanoray.config.train import TrainConfig
+
+MAX_ACTORS = 1000  # of a rollout pool
 
 
 class RlConfig(TrainConfig):
@@ -77,7 +79,9 @@ class RlConfig(TrainConfig):
     save_every: int = Field(60, ge=0, description="steps between checkpoints (0: only at the end)")
     sample_every: int = Field(0, ge=0, description="steps between samples (0: only at the end)")
     compile_mode: Literal["default", "max-autotune", "off"] = Field(
-        "off", description="torch.compile mode (answers are of many lengths)"
+        "off",
+        description="torch.compile mode of the optimiser on GPUs (the model runs eagerly: "
+        "answers are of many lengths)",
     )
 
     @model_validator(mode="after")
@@ -103,4 +107,6 @@ class RlStatusConfig(JobConfig):
 class RlScaleConfig(RlStatusConfig):
     """``python -m jobs.rl scale [RUN ACTORS]``."""
 
-    actors: int = Field(ge=1, description="rollout actors from now on")
+    actors: Annotated[int, Field(ge=1, le=MAX_ACTORS)] | Literal["auto"] = Field(
+        description="rollout actors from now on; auto: the pool grows and shrinks by itself"
+    )

@@ -30,7 +30,7 @@ from nanoray.evals.core_score import DAMAGED, CachedScorer, LanguageModel
 from nanoray.evals.hf import load_hf
 from nanoray.evals.sample import sample_report
 from nanoray.machine import available_cpus
-from nanoray.model.precision import pick_compute_dtype, pick_device
+from nanoray.model.precision import pick_compute_dtype, pick_device, reserved_device
 
 _BPB_CHUNKS = 16  # items of a split
 _CORE_CHUNK = 128  # examples of an item
@@ -73,6 +73,7 @@ class ModelSource:
         run: name, or folder or URI of a run or checkpoint; None for a Hugging Face model.
         hf_path: its name on the hub, or its folder.
         num_threads: of torch on a CPU; 0 leaves them as they are.
+        on_gpu: whether a GPU is reserved for the process; None: it may use the best there is.
     """
 
     run: str | None
@@ -80,6 +81,7 @@ class ModelSource:
     hf_path: str | None = None
     dtype: str = "auto"
     num_threads: int = 0
+    on_gpu: bool | None = None
 
     def __post_init__(self) -> None:
         if self.hf_path and os.path.isdir(self.hf_path):  # actors may run in another folder
@@ -89,10 +91,11 @@ class ModelSource:
         """Raises NanorayError where the model cannot be had."""
         if self.num_threads:
             torch.set_num_threads(self.num_threads)
+        device = pick_device() if self.on_gpu is None else reserved_device(self.on_gpu)
         if self.hf_path:
-            return _hugging_face(self.hf_path, self.dtype)
+            return _hugging_face(self.hf_path, device, self.dtype)
         assert self.run is not None
-        loaded = load_model(self.run, self.step, dtype=self.dtype)
+        loaded = load_model(self.run, self.step, device=device, dtype=self.dtype)
         model, tokenizer = loaded.model, loaded.tokenizer
         parent, _, step = loaded.path.rpartition("/")
         run = parent.removesuffix("/checkpoints")
@@ -101,14 +104,13 @@ class ModelSource:
             tokenizer=tokenizer,
             token_losses=lambda inputs, targets: model(inputs, targets, reduction="none"),
             sequence_len=model.config.sequence_len,
-            device=model.cos.device,
+            device=device,
             language_model=lambda: CachedScorer(model, tokenizer),
             loaded=loaded,
         )
 
 
-def _hugging_face(name: str, dtype: str) -> Subject:
-    device = pick_device()
+def _hugging_face(name: str, device: torch.device, dtype: str) -> Subject:
     model = load_hf(name, device, pick_compute_dtype(device, dtype))
     short = name.rstrip("/").replace("/", "--").lstrip("-.")
     return Subject(

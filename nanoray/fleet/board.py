@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -22,6 +23,7 @@ class Board:
     def __init__(self) -> None:
         self._records: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._stop = ""
+        self._unheard_since: float | None = None  # of the stop flag, while no worker has read it
         self._verdict: dict[str, Any] = {}
         self._start_step = 0
 
@@ -42,10 +44,18 @@ class Board:
         return records, self._verdict
 
     def stop(self, reason: str) -> None:
-        self._stop = self._stop or reason
+        if not self._stop:
+            self._stop, self._unheard_since = reason, time.monotonic()
 
     def stop_reason(self) -> str:
+        """Why to stop, or an empty string; asked by the workers."""
+        if self._stop:
+            self._unheard_since = None
         return self._stop
+
+    def unheard_s(self) -> float:
+        """For how long no worker has heard that it is to stop."""
+        return time.monotonic() - self._unheard_since if self._unheard_since else 0.0
 
     def conclude(self, verdict: dict[str, Any]) -> None:
         """How the run ended: its summary, or {"error": ...}. An error stands."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 import time
 
 import torch
@@ -46,6 +47,33 @@ def pick_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def reserved_device(on_gpu: bool) -> torch.device:
+    """What a process on a cluster computes with: the GPU reserved for it, no other one.
+
+    Args:
+        on_gpu: a GPU, or a part of one, is reserved for it.
+
+    Raises:
+        NanorayError: it is, and torch sees none. On the CPU the work would take days, not fail.
+    """
+    device = pick_device()
+    if on_gpu and device.type != "cuda":
+        if torch.version.cuda is None:
+            mend = "this torch is built without CUDA; install a build that has it"
+        else:
+            mend = (
+                f"the NVIDIA driver is probably older than torch's CUDA {torch.version.cuda}, or "
+                f"the node offers more GPUs than it has; `nvidia-smi` there tells both"
+            )
+        raise NanorayError(
+            f"a GPU is reserved for a process on {socket.gethostname()}, but torch "
+            f"{torch.__version__} sees none: {mend}"
+        )
+    if device.type == "cuda" and not on_gpu:
+        return torch.device("cpu")
+    return device
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -15,13 +15,14 @@ from nanoray.rl.seat import Seat
 
 _logger = logging.getLogger(__name__)
 _MAX_EVENTS = 200
+_MIN_STEPS = 2  # that the pool's size is judged by
 
 
 class Journal:
     """Written by the `Supervisor`.
 
     Attributes:
-        learner: starting, waiting (for a batch) or training.
+        learner: starting, waiting (for a batch), training or evaluating.
         events: the last ones, ``{"number", "time", "text"}``.
         fetch_s: from the latest publication until the last actor that answered had the weights.
         actors_lost: in this job.
@@ -34,8 +35,29 @@ class Journal:
         self.actors_lost = 0
         self._num_events = self._tokens = 0
         self._problems: Counter[str] = Counter()
+        self._num_taken = 0
         self._spent: dict[str, float] = {}  # seconds of the actors that are no more
-        self._reported = self._watched = Window(self._totals(()))
+        self._evaluated: dict[str, float] = {}  # totals of the times of evaluations
+        self._evaluation: Window | None = None  # the one under way
+        self._interrupted = ""  # what the learner was at before
+        self._reported = Window(self._totals(()))
+        self._watched: Window | None = None
+
+    def begin(self) -> None:
+        """The learner starts, perhaps again."""
+        self._evaluation = self._watched = None
+        self.learner.switch("starting", time.monotonic())
+
+    def evaluating(self, begins: bool, seats: Iterable[Seat]) -> None:
+        """The learner begins or ends an evaluation: what passes meanwhile counts nowhere."""
+        totals = self._all_totals(seats)
+        if begins:
+            self._evaluation, self._interrupted = Window(totals), self.learner.state
+            self.learner.switch("evaluating", time.monotonic())
+        elif self._evaluation:
+            self._evaluated = summed([self._evaluated, self._evaluation.growth(totals)])
+            self._evaluation = None
+            self.learner.switch(self._interrupted, time.monotonic())
 
     def tell(self, text: str) -> None:
         """Something that people want to know of."""
@@ -64,8 +86,9 @@ class Journal:
         self._spent = summed([self._spent, seat.clock.seconds(time.monotonic())])
 
     def figures(self, seats: Iterable[Seat], ledger: Ledger) -> dict[str, float]:
-        """For the log: shares and speed since the last call, and counts of the whole run."""
+        """For the log of a batch: shares and speed since the last one, and counts of the run."""
         seats = list(seats)
+        self._num_taken += 1
         totals = self._totals(seats)
         since = self._reported.growth(totals)
         self._reported = Window(totals)
@@ -86,14 +109,18 @@ class Journal:
         }
 
     def idle_shares(self, seats: Iterable[Seat], window_s: float) -> tuple[float, float] | None:
-        """Of the learner and of the actors on average, once a window is over; else None."""
+        """Of the learner and of the actors on average; None while too little was seen.
+
+        To be asked whenever a batch was taken: in less than some whole steps one would see but one
+        side at work.
+        """
         totals = self._totals(seats)
+        if self._watched is None:
+            self._watched = Window(totals)
         window = self._watched.growth(totals)
-        if window["wall"] < window_s:
+        if window["wall"] < window_s or window["taken"] < _MIN_STEPS:
             return None
         self._watched = Window(totals)
-        if self.learner.state == "starting":
-            return None
         return (
             share(window, "learner waiting", "learner training"),
             share(window, "actors idle", "actors busy"),
@@ -110,12 +137,18 @@ class Journal:
         )
 
     def _totals(self, seats: Iterable[Seat]) -> dict[str, float]:
-        """Seconds since the start by who and state, wall clock, and tokens."""
+        """As `_all_totals`, without what has passed in evaluations."""
+        totals = self._all_totals(seats)
+        return {key: total - self._evaluated.get(key, 0.0) for key, total in totals.items()}
+
+    def _all_totals(self, seats: Iterable[Seat]) -> dict[str, float]:
+        """Seconds since the start by who and state, wall clock, tokens, and batches taken."""
         now = time.monotonic()
         actors = summed([self._spent, *(seat.clock.seconds(now) for seat in seats)])
         return {
             "wall": now,
             "tokens": self._tokens,
+            "taken": self._num_taken,
             **{f"actors {state}": seconds for state, seconds in actors.items()},
             **{f"learner {state}": s for state, s in self.learner.seconds(now).items()},
         }

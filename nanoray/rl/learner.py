@@ -93,7 +93,7 @@ class Learner:
                 self._optimizer.prepare_last_backward()
             loss, found = self._loss(batch, advantage_B, totals)
             loss.backward()
-            loss_sum += loss.detach().double().cpu()
+            loss_sum += loss.detach().cpu().double()
             metrics = found if metrics is None else metrics + found
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -139,8 +139,8 @@ class Metrics:
     """Sums over sampled tokens, which can be added over micro-batches and workers.
 
     Attributes:
-        sums: float64, in the order of _SUMS (all-reduce it with SUM).
-        ratio_max: float64 scalar (all-reduce it with MAX).
+        sums: float64, on the CPU, in the order of _SUMS.
+        ratio_max: float64 scalar, likewise.
     """
 
     sums: Tensor
@@ -155,11 +155,17 @@ class Metrics:
         bounded_BT: Tensor,
         log_ratio_BT: Tensor,
     ) -> Metrics:
+        # On the CPU: Apple's GPUs know no float64, and workers that share a node cannot add up what
+        # lies on several GPUs.
+        sampled_BT, entropy_BT, kl_BT, bounded_BT, log_ratio_BT = (
+            tensor.detach().cpu()
+            for tensor in (sampled_BT, entropy_BT, kl_BT, bounded_BT, log_ratio_BT)
+        )
         log_ratio_BT = log_ratio_BT.double().clamp(max=_MAX_LOG_RATIO)
         ratio_BT = torch.where(sampled_BT, log_ratio_BT.exp(), 0.0)
         columns = (
             torch.ones_like(ratio_BT),
-            entropy_BT.detach().double(),
+            entropy_BT.double(),
             kl_BT.double(),
             bounded_BT.double(),
             ratio_BT,

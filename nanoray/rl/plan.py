@@ -253,6 +253,7 @@ def sampler_settings(plan: RlPlan, num_threads: int) -> SamplerSettings:
         top_k=config["top_k"],
         seed=config["seed"],
         num_threads=num_threads,
+        on_gpu=bool(config["rollout_gpus"]),
         dtype=config["dtype"],
         reward_workers=_REWARD_WORKERS,
         num_slots=min(_MAX_SLOTS, config["questions_per_call"] * config["num_samples"]),

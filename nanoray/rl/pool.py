@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,13 +22,15 @@ from numpy.typing import NDArray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanoray import fleet, storage
+from nanoray.config.rl import MAX_ACTORS
 from nanoray.errors import NanorayError
 from nanoray.fleet.pool import loss_reason, users_error
 from nanoray.metrics import Sink
 from nanoray.rl.groups import Group
 from nanoray.rl.ledger import LedgerRules
 from nanoray.rl.seat import ActorLostError, Weights, WeightsLostError
-from nanoray.rl.supervisor import PoolSettings, Supervisor, Taken
+from nanoray.rl.supervisor import Supervisor
+from nanoray.rl.terms import PoolSettings, Taken
 
 STATUS_FILE = "rl_status.json"
 SCALE_FILE = "rl_scale.json"
@@ -35,7 +38,7 @@ _LOCAL_PERIOD_S = 1.0
 _REMOTE_PERIOD_S = 10.0  # an object store has seen enough by then
 _EVENTS_PERIOD_S = 1.0
 _FETCH_DEADLINE_S = 120.0
-_MAX_ACTORS = 1000
+_STOP_PERIOD_S = 0.5  # a learner that waits for groups asks so often whether to stop
 
 
 class BundleSampler(Protocol):
@@ -247,10 +250,24 @@ class PoolClient:
         # In a list a reference travels as such; the pool alone keeps it.
         self._call("publish", version, [ray.put(weights)])
 
-    def take(self, step: int) -> Taken:
-        """The groups of a step; waits for them. Raises NanorayError: they cannot be had."""
-        taken: Taken = self._call("take", step)
-        return taken
+    def take(self, step: int, stop_reason: Callable[[], str] = lambda: "") -> Taken:
+        """The groups of a step; waits for them. Raises NanorayError: they cannot be had.
+
+        Args:
+            stop_reason: asked meanwhile; where there is one, all workers get no groups.
+        """
+        with self._own_errors():
+            ref = self._pool.call.remote("take", self._attempt, step)
+            while not ray.wait([ref], timeout=_STOP_PERIOD_S)[0]:
+                if stop_reason():
+                    self._call("stop")
+                    break
+            taken: Taken = ray.get(ref)
+            return taken
+
+    def evaluating(self, begins: bool) -> None:
+        """An evaluation begins, or ends: the pool's size is not judged by it."""
+        self._call("evaluating", begins)
 
     def trained(self, step: int) -> None:
         """The groups of ``step`` are in the weights."""
@@ -262,8 +279,13 @@ class PoolClient:
         return state
 
     def _call(self, method: str, *args: Any) -> Any:
-        try:
+        with self._own_errors():
             return ray.get(self._pool.call.remote(method, self._attempt, *args))
+
+    @contextlib.contextmanager
+    def _own_errors(self) -> Iterator[None]:
+        try:
+            yield
         except ray.exceptions.RayTaskError as error:
             raise users_error(error) from error
         except ray.exceptions.RayActorError as error:
@@ -287,8 +309,8 @@ async def keep_books(
     sink: Sink = lambda _record: None,
     leaving_nodes: Callable[[], Collection[str]] = tuple,
 ) -> None:
-    """Write the status, obey the scale file, the idle times and the notices that nodes are given,
-    about once a second.
+    """Write the status, obey the scale file and the notices that nodes are given, about once a
+    second.
 
     ``sink`` gets the status's `pool_numbers`; ``leaving_nodes`` tells which nodes are to go.
     Once ``over`` is set the status is written a last time: nobody else writes it, so that no
@@ -304,7 +326,6 @@ async def keep_books(
             seen, before = version, seen
             if before not in (None, version):  # what was there at the start is an old command
                 supervisor.resize(await asyncio.to_thread(read_scale, run_dir))
-            supervisor.autoscale()
             supervisor.vacate(await asyncio.to_thread(leaving_nodes))
             # Only this thread may look at the supervisor, which changes as it runs.
             status = supervisor.status()
@@ -337,9 +358,11 @@ def write_status(status: Mapping[str, Any], run_dir: str) -> None:
     storage.write_text(storage.join(run_dir, STATUS_FILE), json.dumps(status, indent=1) + "\n")
 
 
-def write_scale(run_dir: str, actors: int) -> None:
-    """Tell the pool of a running job how many actors it shall have."""
-    storage.write_text(storage.join(run_dir, SCALE_FILE), json.dumps({"actors": actors}))
+def write_scale(run_dir: str, actors: int | None) -> None:
+    """Tell the pool of a running job how many actors it shall have (None: scale itself again)."""
+    # With the time, so that an object store tells a command given again from the one before.
+    command = {"actors": actors, "time": time.time()}
+    storage.write_text(storage.join(run_dir, SCALE_FILE), json.dumps(command))
 
 
 def read_scale(run_dir: str) -> int | None:
@@ -353,10 +376,10 @@ def read_scale(run_dir: str) -> int | None:
         size = command["actors"]
     except (ValueError, TypeError, KeyError):
         size = 0
-    if size is None or (type(size) is int and 1 <= size <= _MAX_ACTORS):
+    if size is None or (type(size) is int and 1 <= size <= MAX_ACTORS):
         return size
     raise NanorayError(
-        f'{SCALE_FILE} is not obeyed; write {{"actors": N}} into it, N from 1 to {_MAX_ACTORS}'
+        f'{SCALE_FILE} is not obeyed; write {{"actors": N}} into it, N from 1 to {MAX_ACTORS}'
     )
 
 

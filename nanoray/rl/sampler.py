@@ -22,7 +22,7 @@ from nanoray.evals.chat import answer_text
 from nanoray.model.config import GPTConfig
 from nanoray.model.gpt import GPT
 from nanoray.model.heap import keep_freed_memory
-from nanoray.model.precision import pick_compute_dtype, pick_device
+from nanoray.model.precision import pick_compute_dtype, reserved_device
 from nanoray.rl import flat
 from nanoray.rl.groups import Group, Sample
 from nanoray.rl.prompts import draw_seed, example_index, prompt_ids
@@ -49,6 +49,7 @@ class SamplerSettings:
         temperature, top_k: see `SamplingParams`.
         seed: of all draws, and of the order of the problems.
         num_threads: of torch.
+        on_gpu: a GPU, or a part of one, is reserved for the sampler.
         dtype: of matmuls: "auto", "float32", "bfloat16".
         num_slots: most answers that are decoded together.
         reward_workers, reward_deadline_s: see `RewardPool`.
@@ -63,6 +64,7 @@ class SamplerSettings:
     top_k: int
     seed: int
     num_threads: int
+    on_gpu: bool = False
     dtype: str = "auto"
     num_slots: int = 64
     reward_workers: int = 1
@@ -93,7 +95,7 @@ class Sampler:
         self._judge = judge
         self._task = load_task(problems.name, problems.split, problems.sources)
         self._tokenizer = load_tokenizer(settings.tokenizer_dir)
-        device = pick_device()
+        device = reserved_device(settings.on_gpu)
         model = GPT(GPTConfig.from_dict(settings.model), pick_compute_dtype(device, settings.dtype))
         self._engine = Engine(
             model.place(device).eval(),  # its weights are whatever lay in memory

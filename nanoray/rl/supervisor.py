@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from nanoray.errors import NanorayError
@@ -28,42 +27,12 @@ from nanoray.rl.seat import (
     clock_status,
     within,
 )
+from nanoray.rl.terms import PoolSettings, Taken
 
 # A bundle that so many actors were lost over is itself the likeliest cause.
 _MAX_LOSSES_OF_A_BUNDLE = 5
 # Losses in a row, for each wanted actor, that cannot be bad luck any more.
 _MAX_LOSSES_PER_ACTOR = 3
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """Sizes and deadlines.
-
-    Attributes:
-        low, high: the range in which the pool scales itself; it begins with `low`.
-        bundle_deadline_s: an actor that takes longer for a bundle is taken for lost.
-        start_deadline_s: likewise for its start.
-        window_s: how long the idle times are watched before the pool is scaled.
-    """
-
-    low: int
-    high: int
-    bundle_deadline_s: float = 600.0
-    start_deadline_s: float = 300.0
-    window_s: float = 20.0
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What a step trains on.
-
-    Attributes:
-        groups: equally many samples each; the same, in the same order, for every worker.
-        figures: of the pool, for the log.
-    """
-
-    groups: Sequence[Group]
-    figures: Mapping[str, float]
 
 
 class SupersededError(Exception):
@@ -99,7 +68,8 @@ class Supervisor:
         self._target, self._pinned = settings.low, False
         self._error: Exception | None = None
         self._news = asyncio.Event()
-        self._last_landing_s = time.monotonic()
+        self._last_sign_s = time.monotonic()  # an actor has come, or answered
+        self._stopped = ""  # the attempt that is to stop
 
     # What the learner calls.
 
@@ -120,7 +90,7 @@ class Supervisor:
         self._attempts.append(attempt)
         self._ledger, self._state = ledger, ledger.to_dict()
         self._weights, self._groups, self._taken = None, {}, {}
-        self.journal.learner.switch("starting", time.monotonic())
+        self.journal.begin()
         self._fill()
         self._wake()
 
@@ -146,12 +116,14 @@ class Supervisor:
         while not (attempt in self._attempts and step in self._taken):
             if attempt in self._attempts:
                 self._check(attempt)
+                if attempt == self._stopped:
+                    return Taken((), {})
                 if self._take(step):
                     break
             if self._error:
                 raise self._error
-            patience_s = self._settings.start_deadline_s + 2 * self._settings.bundle_deadline_s
-            late_s = max(start, self._last_landing_s) + patience_s
+            patience_s = self._patience_s()
+            late_s = max(start, self._last_sign_s) + patience_s
             try:
                 await asyncio.wait_for(self._news.wait(), max(0.0, late_s - time.monotonic()))
             except TimeoutError as error:
@@ -163,6 +135,24 @@ class Supervisor:
                 ) from error
         self._check(attempt)
         return self._taken[step]
+
+    def _patience_s(self) -> float:
+        """How long it may take until the next actor comes or answers."""
+        settings = self._settings
+        if all(seat.clock.state == "starting" for seat in self._seats.values()):
+            return settings.place_deadline_s  # spot nodes may be gone for a while
+        return settings.start_deadline_s + 2 * settings.bundle_deadline_s
+
+    async def stop(self, attempt: str) -> None:
+        """The learner is to stop: if it waits for a batch, it does so no more."""
+        self._check(attempt)
+        self._stopped = attempt
+        self._wake()
+
+    async def evaluating(self, attempt: str, begins: bool) -> None:
+        """The learner begins, or ends, an evaluation, which says nothing of the pool's size."""
+        self._check(attempt)
+        self.journal.evaluating(begins, self._seats.values())
 
     def _take(self, step: int) -> bool:
         """Make up the batch of the step, if all of it is there."""
@@ -177,6 +167,7 @@ class Supervisor:
             del self._groups[number]
         self.journal.learner.switch("training", time.monotonic())
         self._taken = {step: Taken(groups, self.journal.figures(self._seats.values(), ledger))}
+        self._autoscale()
         self._wake()
         return True
 
@@ -207,8 +198,8 @@ class Supervisor:
         low, high = self._settings.low, self._settings.high
         self._scale(max(low, min(high, self._target)) if size is None else size)
 
-    def autoscale(self) -> None:
-        """Look at the idle times of the last window, if it is over; to be called now and then."""
+    def _autoscale(self) -> None:
+        """After a batch was taken: look at the idle times of the last steps, if they are enough."""
         shares = self.journal.idle_shares(self._seats.values(), self._settings.window_s)
         if shares is None or self._pinned:
             return
@@ -267,13 +258,14 @@ class Supervisor:
         try:
             deadline_s = self._settings.start_deadline_s
             seat.who = await within(seat.actor.ready(), deadline_s, "start")
-            seat.clock.switch("idle", time.monotonic())
+            self._last_sign_s = time.monotonic()
+            seat.clock.switch("idle", self._last_sign_s)
             while not (seat.leaving or self._error):
                 if not await self._work(seat):
                     await self._news.wait()
         except LateError as error:
-            if seat.clock.state == "starting" and self._target > self._settings.low:
-                self._do_without(seat)
+            if seat.clock.state == "starting":
+                self._give_up_place(seat)
             else:
                 self._lose(seat, str(error))
         except ActorLostError as error:
@@ -316,7 +308,7 @@ class Supervisor:
 
     def _land(self, ledger: Ledger, flight: Flight, groups: list[Group]) -> None:
         """A bundle has come back."""
-        self._losses_in_a_row, self._last_landing_s = 0, time.monotonic()
+        self._losses_in_a_row, self._last_sign_s = 0, time.monotonic()
         if ledger is not self._ledger:  # of a timeline that is over
             return
         kept = ledger.done(
@@ -326,14 +318,18 @@ class Supervisor:
         )
         self._groups |= {group.number: group for group in groups if group.number in kept}
 
-    def _do_without(self, seat: Seat) -> None:
-        """An actor beyond the least number found no place: that is no loss."""
-        if not seat.leaving:
+    def _give_up_place(self, seat: Seat) -> None:
+        """An actor has found no place in time: that is no loss. One that nobody asked for, beyond
+        the least number, is done without.
+        """
+        if seat.leaving:
+            return
+        then = "another one waits in its stead"
+        if self._target > self._settings.low and not self._pinned:
             self._target -= 1
-            self.journal.tell(
-                f"{seat} has found no place within {self._settings.start_deadline_s:g} s; going on "
-                f"with {self._target} rollout actors"
-            )
+            then = f"going on with {self._target} rollout actors"
+        deadline_s = self._settings.start_deadline_s
+        self.journal.tell(f"{seat} has found no place within {deadline_s:g} s; {then}")
 
     def _lose(self, seat: Seat, reason: str) -> None:
         """An actor is lost; what it was sampling waits again."""

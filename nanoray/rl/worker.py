@@ -6,7 +6,7 @@ Groups come from `Rollouts`, whoever samples them; after every step the new weig
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,9 +21,9 @@ from nanoray.rl.algorithms import ALGORITHMS
 from nanoray.rl.groups import Group
 from nanoray.rl.learner import Learner, Scoring, batch_hash
 from nanoray.rl.plan import RlPlan
-from nanoray.rl.supervisor import Taken
+from nanoray.rl.terms import Taken
 from nanoray.train.chat_evals import ask_together, chat_samples, held_out_samples
-from nanoray.train.worker import Hooks, StepOutcome, TrainWorker
+from nanoray.train.worker import TOLD_ELSEWHERE, Hooks, StepOutcome, TrainWorker
 from nanoray.train.world import World
 
 _MOMENTUM = 0.95  # Muon's, throughout
@@ -40,12 +40,19 @@ class Rollouts(Protocol):
         """Sample with these weights (`flat.pack`) from now on; does not wait for anybody."""
         ...
 
-    def take(self, step: int) -> Taken:
+    def take(self, step: int, stop_reason: Callable[[], str]) -> Taken:
         """The groups of a step; waits for them. The same answer for every worker.
+
+        Args:
+            stop_reason: asked meanwhile; where there is one, the answer may be no groups.
 
         Raises:
             NanorayError: they cannot be had.
         """
+        ...
+
+    def evaluating(self, begins: bool) -> None:
+        """An evaluation begins, or ends."""
         ...
 
     def trained(self, step: int) -> None:
@@ -90,7 +97,8 @@ class RlWorker(TrainWorker):
             reference=self._reference() if config["kl_coef"] else None,
             kl_coef=config["kl_coef"],
         )
-        self._taken: Sequence[Group] = ()
+        self._taken = Taken((), {})
+        self._wait_s = 0.0  # for it
 
     def _begin(self) -> None:
         with Checkpoint.at(self.plan.base) as base:
@@ -127,12 +135,16 @@ class RlWorker(TrainWorker):
         self._rollouts.publish(version, flat.pack(self.model.state_dict()))
         return time.perf_counter() - start
 
+    def _await_batch(self) -> str:
+        start = time.perf_counter()
+        told = self.hooks.stop_reason if self.world.is_first else lambda: ""
+        self._taken = self._rollouts.take(self.progress.step, told)
+        self._wait_s = time.perf_counter() - start
+        return "" if self._taken.groups else told() or TOLD_ELSEWHERE
+
     def _step(self, lr_multiplier: float, _momentum: float, decay: float) -> StepOutcome:
         start = time.perf_counter()
-        step = self.progress.step
-        taken = self._rollouts.take(step)
-        self._taken = groups = taken.groups
-        wait_s = time.perf_counter() - start
+        step, groups = self.progress.step, self._taken.groups
         loss, figures, times = self.learner(groups, lr_multiplier, _MOMENTUM, decay)
         broadcast_s = 0.0
         if self.world.is_first:
@@ -140,21 +152,21 @@ class RlWorker(TrainWorker):
             broadcast_s = self._publish(step + 1)
         tokens = sum(len(g.prompt) + len(s.tokens) for g in groups for s in g.samples)
         record = {
-            "wait_for_batch_s": wait_s,
+            "wait_for_batch_s": self._wait_s,
             "forward_backward_s": times.forward_backward_s,
             "optimizer_s": times.optimizer_s,
             "broadcast_s": broadcast_s,
-            "learner_tokens_per_s": tokens / (time.perf_counter() - start - wait_s),
+            "learner_tokens_per_s": tokens / (time.perf_counter() - start),
             "epoch": max(group.number for group in groups) // self.plan.num_questions,
             **_describe(groups, step),
             **figures,
-            **taken.figures,
+            **self._taken.figures,
         }
         own_hash = batch_hash(groups) if self.world.is_first else 0
         return StepOutcome(loss, tokens, {}, own_hash, record)
 
     def _whence(self, batch_hash: int) -> str:
-        numbers = ", ".join(str(group.number) for group in self._taken)
+        numbers = ", ".join(str(group.number) for group in self._taken.groups)
         return f"the answers of batch {batch_hash % 2**64:016x} are to problems number {numbers}"
 
     def _position(self) -> Record:
@@ -171,7 +183,11 @@ class RlWorker(TrainWorker):
 
     def _evaluate_now(self, when: str) -> dict[str, Any]:
         start = time.perf_counter()
+        if self.world.is_first:
+            self._rollouts.evaluating(True)
         report = ask_together(self.plan.eval_suite, self.model, self.tokenizer, self.world)
+        if self.world.is_first:
+            self._rollouts.evaluating(False)
         self._held_out = held_out_samples(report)
         metrics = report.metrics
         pass_at = {"pass@1": metrics[f"chat/{self.config['task']}"]} | {

@@ -31,7 +31,7 @@ from nanoray.errors import NanorayError
 from nanoray.lease import Lease, LeaseLostError, check_token
 from nanoray.machine import available_cpus
 from nanoray.metrics import Sink, WandbSink
-from nanoray.model.precision import pick_device
+from nanoray.model.precision import reserved_device
 from nanoray.tokenizer import Tokenizer
 from nanoray.train.needs import DATA_CPUS
 from nanoray.train.policies import PlacedPolicy, Trainer
@@ -44,8 +44,11 @@ from nanoray.train.world import World
 
 TRAINER_DEADLINE_S = 600.0  # without any node that could train
 ENDING_DEADLINE_S = 30.0  # of Ray Train, after a mistake that no restart mends
-# Ray tells Prometheus about a process's numbers every 10 s: of a NaN, too, that ends a run.
+STOP_DEADLINE_S = 20.0  # for a worker to hear that it is to stop; they ask twice a second
+# Ray tells Prometheus about a process's numbers every 10 s, the last ones included: a NaN that ends
+# a run, or its last evaluation, but for a run that was over in no time.
 LINGER_S = 11.0
+LINGER_SHARE = 0.02
 Watcher = Callable[[dict[str, Any]], None]
 # What a worker runs: (plan, world, hooks, step of the checkpoint to go on from) -> summary.
 Run = Callable[[Any, World, Hooks, int], dict[str, Any]]
@@ -88,14 +91,14 @@ def fit(
     verdict: dict[str, Any] = {}
     others: fleet.Role = "rollout" if run else "data"  # who feeds the workers
     # Without trainers nothing goes on; without the others an evaluation may, which tells nothing.
-    deadlines_s: dict[fleet.Role, float] = {"trainer": TRAINER_DEADLINE_S, others: 3600.0}
+    deadlines_s: dict[fleet.Role, float] = {"trainer": _trainer_deadline_s(plan), others: 3600.0}
     roles = fleet.RoleWatch(deadlines_s, lambda text: watch({"warning": text}))
 
     def watch_progress(record: dict[str, Any]) -> None:
         roles.progress()
         watch(record)
 
-    with _stop_signals(board):
+    with _stop_signals(board) as told_to_stop:
         thread.start()
         while thread.is_alive() and "error" not in verdict:
             thread.join(timeout=0.5)
@@ -103,9 +106,15 @@ def fit(
             roles.look()
             if lease.lost:
                 error = f"run {plan.run} was taken over by another writer"
-                ray.get(board.conclude.remote({"error": error}), timeout=30)
-                thread.join(ENDING_DEADLINE_S)
+                _give_up(board, thread, error)
                 raise LeaseLostError(error)
+            if told_to_stop.is_set() and not verdict and _nobody_hears(board):
+                error = (
+                    f"run {plan.run} was told to stop while it had no workers; its last "
+                    f"checkpoint, if it has any, stands, and the same command goes on from it"
+                )
+                _give_up(board, thread, error)
+                raise NanorayError(error)
     if "error" in verdict:
         # A process that ends while a thread of it is still within Ray may crash.
         thread.join(ENDING_DEADLINE_S)
@@ -118,6 +127,13 @@ def fit(
             f"stands, and the same command goes on from it"
         ) from outcome["error"]
     return verdict
+
+
+def _give_up(board: Any, fitting: threading.Thread, error: str) -> None:
+    """End what Ray Train does, without its workers."""
+    ray.get(board.conclude.remote({"error": error}), timeout=30)
+    # A process that ends while a thread of it is still within Ray may crash.
+    fitting.join(ENDING_DEADLINE_S)
 
 
 def _cause(error: BaseException) -> str:
@@ -143,19 +159,30 @@ def _relay(board: Any, watch: Watcher) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_signals(board: Any) -> Iterator[None]:
-    """While open, SIGTERM and SIGINT put up the board's stop flag; a second SIGINT interrupts."""
+def _stop_signals(board: Any) -> Iterator[threading.Event]:
+    """While open, SIGTERM and SIGINT put up the board's stop flag; a second SIGINT interrupts.
+
+    The event tells that one has come.
+    """
+    come = threading.Event()
 
     def stop(number: int, _frame: object) -> None:
+        come.set()
         board.stop.remote(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield come
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _nobody_hears(board: Any) -> bool:
+    """Whether there seem to be no workers that could hear that they are to stop."""
+    unheard_s: float = ray.get(board.unheard_s.remote(), timeout=60)
+    return unheard_s > STOP_DEADLINE_S
 
 
 def _trainer(
@@ -199,7 +226,7 @@ def _trainer(
             failure_config=FailureConfig(
                 max_failures=int(plan.config["max_failures"]),
                 # Placements that came too late count here: a lost node may take its time.
-                controller_failure_limit=max(int(plan.config["max_failures"]), _placements()),
+                controller_failure_limit=max(int(plan.config["max_failures"]), _placements(plan)),
             ),
             worker_runtime_env=None if local else {"env_vars": fleet.worker_environment()},
         ),
@@ -223,22 +250,24 @@ def _trainer(
 
 def _dataset(plan: StreamRunPlan, board: Any, concurrency: int | None) -> ray.data.Dataset:
     """Called in Ray Train's controller at every start, before the workers train."""
-    try:
+    with _mistakes_told(board):
         start = choose_start(plan, lambda message: board.post.remote({"warning": message}))
         stream = plan.stream(plan.read_tokenizer())
-    except NanorayError as error:  # no restart mends it
-        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
-        raise
     ray.get(board.start_from.remote(start.step), timeout=30)
     nodes = fleet.label_selector("data")
     return training_dataset(stream, start.slab, plan.tokenizer_dir, concurrency, nodes)
 
 
-def _placements() -> int:
+def _trainer_deadline_s(plan: RunPlan) -> float:
+    """How long a run waits for another trainer node, where the last one is lost."""
+    return max(TRAINER_DEADLINE_S, float(plan.config["wait_for_nodes"]))
+
+
+def _placements(plan: RunPlan) -> int:
     """How many placements may come too late before a lost trainer node counts as lost for good."""
     # `fleet.connect` sets it, but not in a process where Ray runs already.
     each_s = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60))
-    return 1 + math.ceil(TRAINER_DEADLINE_S / each_s)
+    return 1 + math.ceil(_trainer_deadline_s(plan) / each_s)
 
 
 def _ray_storage(plan: RunPlan) -> str:
@@ -254,10 +283,13 @@ def _train_loop(config: dict[str, Any]) -> None:
         return  # a restart after a mistake that no restart mends
     context = ray.train.get_context()
     size = context.get_world_size()
-    world = World(context.get_world_rank(), size, _device(plan, size))
+    with _mistakes_told(board):
+        device = _device(plan, size)
+    world = World(context.get_world_rank(), size, device)
     if world.device.type == "cpu":
         # Ray sets OMP_NUM_THREADS to the reserved CPUs (1); the cores are ours to share.
         torch.set_num_threads(max(1, available_cpus() // context.get_local_world_size()))
+    begun = time.monotonic()
     stop_watch = fleet.StopWatch(board) if world.is_first else None
     post = lambda record: board.post.remote(dict(record))  # noqa: E731
     # The first worker asks, for all: they go on from one checkpoint.
@@ -276,25 +308,36 @@ def _train_loop(config: dict[str, Any]) -> None:
         attempt=attempt,
     )
     try:
-        summary = (config["run"] or _run_stream)(plan, world, hooks, start_step)
+        with _mistakes_told(board):
+            summary = (config["run"] or _run_stream)(plan, world, hooks, start_step)
         if world.is_first:
             ray.get(board.conclude.remote(summary), timeout=30)
-    except NanorayError as error:
-        # Say it before this ends the group; the others may wait for this worker in a collective.
-        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
-        if isinstance(error, TrainingHealthError):  # all have it; the first to end ends all
-            time.sleep(config["linger_s"])
+            time.sleep(min(config["linger_s"], LINGER_SHARE * (time.monotonic() - begun)))
+    except TrainingHealthError:  # all have it; the first to end ends all
+        time.sleep(config["linger_s"])
         raise
     finally:
         if stop_watch:
             stop_watch.close()
 
 
+@contextmanager
+def _mistakes_told(board: Any) -> Iterator[None]:
+    """A NanorayError in the block is the run's verdict: no restart mends it.
+
+    It is said before it ends the group; others may wait for this worker in a collective.
+    """
+    try:
+        yield
+    except NanorayError as error:
+        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
+        raise
+
+
 def _device(plan: RunPlan, world_size: int) -> torch.device:
     """The best there is of what is this worker's."""
-    device = pick_device()
-    not_reserved = device.type == "cuda" and not plan.config["gpus_per_worker"]
-    if not_reserved or (device.type == "mps" and world_size > 1):  # gloo does not know MPS
+    device = reserved_device(on_gpu=bool(plan.config["gpus_per_worker"]))
+    if device.type == "mps" and world_size > 1:  # gloo does not know MPS
         return torch.device("cpu")
     return device
 
@@ -304,11 +347,8 @@ def _start_step(plan: RunPlan, board: Any, run: Run | None) -> int:
     if run is None:
         asked: int = ray.get(board.start_step.remote(), timeout=30)
         return asked
-    try:
+    with _mistakes_told(board):
         return choose_start(plan, lambda message: board.post.remote({"warning": message})).step
-    except NanorayError as error:
-        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
-        raise
 
 
 def _run_stream(plan: RunPlan, world: World, hooks: Hooks, start_step: int) -> dict[str, Any]:

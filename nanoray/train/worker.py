@@ -39,6 +39,7 @@ from nanoray.train.watch import LossWatch, Progress, TrainingHealthError
 from nanoray.train.world import World
 
 _LOGGED_COUNTS = ("tokens_cropped", "documents_skipped")
+TOLD_ELSEWHERE = "another worker was told to stop"
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class TrainWorker(ABC):
             guard=hooks.guard,
         )
         self.saves = AgreedSaves(self.writer, world, hooks.post)
+        self._saved_step = start_step
 
     @abstractmethod
     def _begin(self) -> None:
@@ -152,6 +154,10 @@ class TrainWorker(ABC):
     @abstractmethod
     def _make_schedule(self) -> Schedule:
         """What changes from step to step."""
+
+    def _await_batch(self) -> str:
+        """Wait for the next step's; why to stop instead, if so. All workers get the same."""
+        return ""
 
     @abstractmethod
     def _step(self, lr_multiplier: float, momentum: float, decay: float) -> StepOutcome:
@@ -253,6 +259,9 @@ class TrainWorker(ABC):
         """One step; returns why to stop after it (or ""), and whether a worker's save failed."""
         progress = self.progress
         start = time.perf_counter()
+        if why := self._await_batch():
+            (save_failed,) = self.world.sum_ints([int(self.writer.failed)])
+            return why, bool(save_failed)
         lr_multiplier, momentum, decay = self.schedule.at(progress.step)
         done = self._step(lr_multiplier, momentum, decay)
         reason = self.hooks.stop_reason() if self.world.is_first else ""
@@ -279,7 +288,7 @@ class TrainWorker(ABC):
             self._log_step(self.log, done, measured)
         if problem:
             raise self._unhealthy(problem, batch_hash)
-        return reason or ("another worker was told to stop" if stop else ""), bool(save_failed)
+        return reason or (TOLD_ELSEWHERE if stop else ""), bool(save_failed)
 
     def _log_step(self, log: MetricsLog, done: StepOutcome, measured: Record) -> None:
         progress = self.progress
@@ -331,7 +340,8 @@ class TrainWorker(ABC):
             self._sample()
         if save_failed:
             self.writer.give_up()
-        if due(self.config["save_every"]) or stopping or save_failed:
+        wanted = due(self.config["save_every"]) or stopping
+        if (wanted and step > self._saved_step) or save_failed:
             self.saves.settle()
             self._save()
             record["saved"] = step
@@ -350,6 +360,7 @@ class TrainWorker(ABC):
         """Copy what the checkpoint needs, and let a thread write it."""
         position = self._position()
         first = self.world.is_first
+        self._saved_step = self.progress.step
         shards = [
             replace(shard, tensor=shard.tensor.detach().to("cpu", copy=True))
             for shard in self.optimizer.state_shards()
