@@ -72,9 +72,9 @@ def says(*texts: str, tokens: int = 5, finish: str = "stop") -> Reply:
     return Reply([*(delta(text) for text in texts), ending(tokens, finish)])
 
 
-def fails(status: int, message: str, **headers: str) -> Reply:
+def fails(status: int, message: str, code: str | None = None, **headers: str) -> Reply:
     """An error with a body of OpenAI's form."""
-    body = json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode()
+    body = json.dumps({"error": {"message": message, "type": "error", "code": code}}).encode()
     return Reply(status=status, body=body, headers=headers)
 
 

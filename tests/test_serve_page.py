@@ -114,6 +114,23 @@ def test_regenerate(page: Any, server: PageServer) -> None:
     assert len(sessions) == 1
 
 
+def test_the_keyboard_goes_on_in_the_field_after_regenerate(page: Any, server: PageServer) -> None:
+    """The button that was pressed is gone: without that the focus would be at the page's top."""
+    server.replies = [says("First."), fails(503, "No replica."), says("Third.")]
+    ask(page, "Hi")
+    field = page.locator("#input")
+    field.fill("A draft")
+    for name, outcome in (("Regenerate", "No replica."), ("Retry", "Third.")):
+        page.keyboard.press("Shift+Tab")
+        expect(page.get_by_role("button", name=name)).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.locator(".assistant")).to_contain_text(outcome)
+        finished(page)
+        expect(field).to_be_focused()
+        expect(field).to_have_value("A draft")
+    assert len(server.asked) == 3
+
+
 def test_edit_and_resend(page: Any, server: PageServer) -> None:
     ask(page, "Hi")
     ask(page, "Bye")

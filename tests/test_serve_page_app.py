@@ -48,6 +48,7 @@ def test_the_page_and_the_application(browser: Any, host: SmallHost) -> None:
         )
         _calculates(page, host)
         _stops(page, host)
+        _outgrows_the_context(page)
         page.get_by_label("Model").select_option("base")
         page.get_by_role("button", name="New conversation").click()
         ask(page, "Once upon a time")
@@ -83,3 +84,14 @@ def _stops(page: Any, host: SmallHost) -> None:
     page.keyboard.press("Escape")
     finished(page)
     wait_until_idle(host)
+
+
+def _outgrows_the_context(page: Any) -> None:
+    """Of 400 tokens: the third exchange does not fit beside the first two."""
+    page.get_by_label("Model").select_option("calculating")
+    page.get_by_role("button", name="New conversation").click()
+    for _ in range(4):
+        ask(page, "x" * 120)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.locator(".tool")).to_have_count(4)
+    expect(page.get_by_text("no longer fits and was left out")).to_have_count(1)

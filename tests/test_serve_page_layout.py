@@ -256,12 +256,23 @@ def test_keyboard_only(page: Any, server: PageServer) -> None:
     assert focused(page) == "input"
 
 
-def test_an_input_method_ends_words_with_enter(page: Any, server: PageServer) -> None:
-    page.locator("#input").fill("にほん")
-    page.evaluate("""() => document.getElementById("input").dispatchEvent(
-      new KeyboardEvent("keydown", { key: "Enter", isComposing: true, bubbles: true }))""")
+@pytest.mark.parametrize("told", ["isComposing: true", "keyCode: 229"])  # the latter by Safari
+def test_an_input_method_ends_words_with_enter(page: Any, server: PageServer, told: str) -> None:
+    enter = f'new KeyboardEvent("keydown", {{ key: "Enter", {told}, bubbles: true }})'
+    ends_a_word = f"(field) => field.dispatchEvent({enter})"
+    field = page.locator("#input")
+    field.fill("にほん")
+    field.evaluate(ends_a_word)
+    expect(field).to_have_value("にほん")
     expect(page.locator(".message")).to_have_count(0)
-    expect(page.locator("#input")).to_have_value("にほん")
+    field.press("Enter")
+    finished(page)
+    expect(page.locator(".bubble")).to_have_text("にほん")
+    page.locator("#conversations li").hover()
+    page.get_by_role("button", name="Rename").click()
+    title = page.get_by_label("Title")
+    title.evaluate(ends_a_word)
+    expect(title).to_be_focused()
 
 
 def test_screen_readers(page: Any, server: PageServer) -> None:

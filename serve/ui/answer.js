@@ -24,6 +24,10 @@ export async function receiveAnswer(message, request, changed) {
         addPart(message.parts, piece);
         changed();
       }
+      if (piece.leftOut) {
+        message.leftOut = piece.leftOut;
+        changed();
+      }
       finish = piece.finish ?? finish;
       message.tokens = piece.tokens ?? message.tokens;
     }
@@ -48,5 +52,6 @@ function describe(message, error) {
   if (!(error instanceof ApiError)) console.error(error); // a mistake of the page's own
   message.error = error.message;
   message.status = error.status;
+  message.code = error.code;
   message.retryAfter = error.retryAfter;
 }

@@ -153,6 +153,8 @@ async function answer() {
   show();
   saveConversation();
   $("announcer").textContent = message.error ? "" : answerText(message);
+  // Another name may have come with another checkpoint: the next try asks a model that there is.
+  if (message.code === "model_not_found") await loadModels();
 }
 
 /** For a page that was opened while the server was not there. */
@@ -210,7 +212,12 @@ $("messages").addEventListener("click", (event) => {
     copy: () => copy(button, message.text ?? answerText(message)),
     "copy-code": () => copy(button, button.closest("figure").querySelector("code").textContent),
     edit: () => edit(element, index),
-    regenerate: () => regenerate(index),
+    regenerate: () => {
+      // The button goes, and with it a keyboard's place on the page. Not so for a click: on a phone
+      // the field would bring up the keyboard.
+      if (event.detail === 0) $("input").focus();
+      regenerate(index);
+    },
     settings: () => openSettings(settings),
   };
   actions[button.dataset.action]();

@@ -1,6 +1,6 @@
 // The list of conversations at the side.
 
-import { h, iconButton } from "./dom.js";
+import { h, iconButton, isInputMethods } from "./dom.js";
 
 /** Lists conversations; an ancestor's listener gets `data-action` and `data-id`. */
 export function renderList(list, conversations, currentId) {
@@ -31,7 +31,7 @@ export function renameItem(item, title, done) {
   field.value = title;
   field.addEventListener("blur", () => finish(field.value));
   field.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" && event.key !== "Escape") return;
+    if ((event.key !== "Enter" && event.key !== "Escape") || isInputMethods(event)) return;
     event.preventDefault();
     event.stopPropagation();
     finish(event.key === "Enter" ? field.value : null);

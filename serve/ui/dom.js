@@ -62,6 +62,14 @@ function morphAttributes(old, node) {
   }
 }
 
+/**
+ * Whether a key goes to an input method, as the Enter does that ends a Chinese or Japanese word.
+ * Safari ends the composition before that key's event: only the code 229 tells it there.
+ */
+export function isInputMethods(event) {
+  return event.isComposing || event.keyCode === 229;
+}
+
 /** Writes text to the clipboard, also where a page without TLS is not given the modern way. */
 export async function copyText(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);

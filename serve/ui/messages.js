@@ -1,6 +1,6 @@
 // What a message looks like.
 
-import { h, icon, iconButton, morph } from "./dom.js";
+import { h, icon, iconButton, isInputMethods, morph } from "./dom.js";
 import { toolMark, withoutMarks } from "./inline.js";
 import { renderMarkdown } from "./markdown.js";
 
@@ -28,17 +28,24 @@ function userElement({ text }) {
 function answerElement(message) {
   const label = `Answer of ${message.model}`;
   const element = h("article", { class: "message assistant", "aria-label": label });
-  element.append(h("div", { class: "content" }), h("div", { class: "outcome" }));
+  element.append(
+    h("div", { class: "left-out", role: "status" }),
+    h("div", { class: "content" }),
+    h("div", { class: "outcome" }),
+  );
   updateAnswer(element, message);
   return element;
 }
 
+const LEFT_OUT = "The beginning of this conversation no longer fits and was left out.";
+
 /** Shows what has come of an answer. */
 export function updateAnswer(element, message) {
-  const [content, outcome] = element.children;
+  const [leftOut, content, outcome] = element.children;
   const isStreaming = !message.finish;
   element.classList.toggle("streaming", isStreaming);
   element.setAttribute("aria-busy", isStreaming);
+  if (message.leftOut) leftOut.textContent ||= LEFT_OUT; // once: a screen reader tells each change
   content.classList.toggle("plain", !message.chat);
   morph(content, message.chat ? renderAnswer(message) : h("div", {}, answerText(message)));
   if (!isStreaming) outcome.replaceChildren(...outcomeNodes(message));
@@ -125,9 +132,9 @@ export function editMessage(element, done) {
   field.focus();
 }
 
-/** Enter without Shift, and not the one that ends the input of a Chinese or Japanese word. */
+/** Enter without Shift. */
 export function isSendKey(event) {
-  return event.key === "Enter" && !event.shiftKey && !event.isComposing;
+  return event.key === "Enter" && !event.shiftKey && !isInputMethods(event);
 }
 
 /** Makes a text field as high as its text (style.css says how high it may become). */
