@@ -115,12 +115,19 @@ class Disturbed:
     def assert_one_start_again(self) -> None:
         """From the last checkpoint, and nothing else is lost; no start where nothing is done
         again, as the last step before was the one saved.
+
+        At most an interval between saves is done again; and one more where the last save was still
+        under way.
         """
         assert self.disturbed
         again = [(a, b) for a, b in itertools.pairwise(self.steps) if b != a + 1]
         assert len(again) <= 1
         for seen, first in again:
             assert self.saved_before < first <= seen
+            every = self._plan.config["save_every"]
+            saved = first - 1
+            assert saved % every == 0
+            assert saved >= (seen // every - 1) * every
 
 
 Fit = Callable[[Any, Lease, Callable[[dict[str, Any]], None]], dict[str, Any]]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +15,8 @@ from cluster_nodes import Disturbed, Nodes, open_nodes, run_on
 from pretrain_runs import hashes, losses, run_plan, tiny_plan, weights
 from sft_runs import make_base, sft_plan, write_conversations
 
+from nanoray.checkpoint import list_steps
+from nanoray.errors import NanorayError
 from nanoray.train.run_plan import RunPlan
 
 pytestmark = pytest.mark.timeout(600)
@@ -124,3 +129,27 @@ def test_the_last_node_of_a_role_is_waited_for(
     ]
     watch.assert_one_start_again()
     assert hashes(plan) == hashes(calm)
+
+
+@pytest.mark.soak
+def test_a_stop_is_heard_where_there_are_no_workers(home: Path, planner: Planner) -> None:
+    """Not only when the node that a run waits for has come, or after ten minutes."""
+    with open_nodes() as nodes:
+        last = nodes.add("trainer", 1)
+        nodes.add("data", 1)
+        plan = planner("pretrain")("stopped", num_iterations=LONG, save_every=SAVE_EVERY)
+        told: list[float] = []
+
+        class Watch(Disturbed):
+            def __call__(self, record: dict[str, Any]) -> None:
+                super().__call__(record)
+                if "is left; waiting" in record.get("warning", ""):
+                    told.append(time.monotonic())
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        watch = Watch(plan, KILL_AT, lambda: nodes.kill(last))
+        with pytest.raises(NanorayError, match="told to stop while it had no workers"):
+            run_on(plan, watch)
+        assert time.monotonic() - told[0] < 90
+    assert list_steps(plan.checkpoints_dir)[-1] >= watch.saved_before
+    assert run_plan(plan)["status"] == "finished"

@@ -39,8 +39,8 @@ class Runs:
             **flags, run="bereft", rollout_actors="2", rollout_gpus=0, save_every=SAVE_EVERY
         )
 
-    def fit(self, disturb: Callable[[], None]) -> Disturbed:
-        watch = Disturbed(self.plan, LOSE_AT, disturb)
+    def fit(self, disturb: Callable[[], None], kind: type[Disturbed] = Disturbed) -> Disturbed:
+        watch = kind(self.plan, LOSE_AT, disturb)
         summary = run_on(self.plan, watch, fit)
         assert (summary["status"], summary["step"]) == ("finished", STEPS)
         return watch
@@ -150,4 +150,26 @@ def test_the_learners_node_dies(nodes: Nodes, runs: Runs) -> None:
     assert watch.steps.count(1) == 1, "not from the beginning"
     assert runs.status()["counts"]["actors_lost"] == 0
     assert any(event.startswith("going on at step") for event in watch.events)
+    runs.assert_like_calm()
+
+
+@pytest.mark.soak
+def test_the_last_rollout_node_is_waited_for(nodes: Nodes, runs: Runs) -> None:
+    """Spot nodes may all be gone for a while: the learner says so, and waits."""
+    nodes.add("trainer", 1)
+    last = nodes.add("rollout", 2)
+
+    class Watch(Disturbed):
+        def __call__(self, record: dict[str, Any]) -> None:
+            super().__call__(record)
+            if "is left; waiting" in record.get("warning", ""):
+                nodes.add("rollout", 2)
+
+    watch = runs.fit(lambda: nodes.kill(last), Watch)
+    told = [text for text in watch.warnings if "rollout node" in text]
+    assert told == [
+        "no rollout node is left; waiting 3600 s at most for one",
+        "there is a rollout node again",
+    ]
+    assert watch.group_sizes == [1], "the learner is not disturbed"
     runs.assert_like_calm()

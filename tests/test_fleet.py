@@ -78,6 +78,7 @@ def test_the_board_hands_on_records_once_and_keeps_an_error(ray_session: None) -
     assert ray.get(board.drain.remote()) == ([{"step": 0}, {"step": 1}, {"step": 2}], {})
     assert ray.get(board.drain.remote()) == ([], {})
     assert watch() == ""
+    assert ray.get(board.unheard_s.remote()) == 0, "nobody is to stop"
     board.stop.remote("SIGTERM")
     board.conclude.remote({"error": "first"})
     board.conclude.remote({"status": "finished"})
@@ -88,6 +89,11 @@ def test_the_board_hands_on_records_once_and_keeps_an_error(ray_session: None) -
         assert time.monotonic() < deadline
         time.sleep(0.02)
     watch.close()
+    assert ray.get(board.unheard_s.remote()) == 0
+    deaf = fleet.Board.remote()  # type: ignore[attr-defined]
+    deaf.stop.remote("SIGTERM")
+    time.sleep(0.1)
+    assert ray.get(deaf.unheard_s.remote()) >= 0.1
     ray.kill(board)
     lonely = fleet.StopWatch(board, period_s=0.02)
     while not lonely():
