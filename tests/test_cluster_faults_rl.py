@@ -124,7 +124,9 @@ def test_a_rollout_node_goes(nodes: Nodes, runs: Runs, end: str) -> None:
     assert watch.steps == list(range(1, STEPS + 1))
     counts = runs.status()["counts"]
     lost = 0 if end == "drained" else 1
-    assert (counts["actors_lost"], counts["redispatched"]) == (lost, lost)
+    assert counts["redispatched"] == lost
+    # The one in its stead may be sent to the dead node, too, before Ray has missed its heartbeats.
+    assert counts["actors_lost"] in (lost, 2 * lost)
     assert any("is to go" in event for event in watch.events) == (end != "killed")
     runs.assert_like_calm()
 
