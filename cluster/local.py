@@ -12,6 +12,9 @@ interfaces even so; they answer only those who have the token that lies, readabl
 alone, in the cluster's folder (numbers for Prometheus need none). What `up` finds in the
 environment (NANORAY_HOME, credentials of a store) is what the jobs see, as with an image.
 
+With `up --gpus N` each trainer and rollout node offers N GPUs. They are this machine's first N, the
+same on every node: nodes share them as they share its cores, and memory is not divided.
+
 With `up --redis` the head keeps what it knows in a Redis: after `kill head`, `add head` brings it
 back at the same address, and the other nodes, which have waited, go on with it.
 """
@@ -54,14 +57,15 @@ class Role:
     cpus: int
     memory_bytes: int
     object_store_bytes: int
+    gpus: bool = False  # whether it offers those of `up --gpus`
 
 
 # The head runs drivers and Ray's own services, no tasks (logical CPUs: 0), as on real clusters.
 ROLES = {
     "head": Role(0, 2 * 2**30, 100 * 2**20),
-    "trainer": Role(2, 4 * 2**30, 200 * 2**20),
+    "trainer": Role(2, 4 * 2**30, 200 * 2**20, gpus=True),
     "data": Role(2, 2 * 2**30, 200 * 2**20),
-    "rollout": Role(2, 4 * 2**30, 200 * 2**20),
+    "rollout": Role(2, 4 * 2**30, 200 * 2**20, gpus=True),
 }
 
 
@@ -87,6 +91,7 @@ class LocalCluster:
         self.address = ""
         self.dashboard = ""
         self.nodes: list[Process] = []
+        self.gpus = 0  # of each node whose role has any
         self.redis_port = 0  # none: nothing outlives the head
         self.redis: Process | None = None
         # What it says is believed: jobs go to its address, and its processes are killed.
@@ -96,14 +101,16 @@ class LocalCluster:
             state = json.loads(self._state_file.read_text())
             self.address, self.dashboard = state["address"], state["dashboard"]
             self.nodes = [Process(**node) for node in state["nodes"]]
+            self.gpus = state["gpus"]
             self.redis_port = state["redis_port"]
             self.redis = Process(**state["redis"]) if state["redis"] else None
 
-    def up(self, roles: Sequence[str], redis: bool = False) -> None:
+    def up(self, roles: Sequence[str], redis: bool = False, gpus: int = 0) -> None:
         """Start a head and a node for each of ``roles``; returns when all of them have joined.
 
         Args:
             redis: keep what the head knows in a Redis, so that it can come back.
+            gpus: logical ones of each trainer and rollout node; nobody looks whether they exist.
 
         Raises:
             ClusterError: it is up already, a program is missing, or a node did not come up (what
@@ -123,7 +130,7 @@ class LocalCluster:
         self._token_file.unlink(missing_ok=True)
         with open(os.open(self._token_file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as f:
             f.write(secrets.token_hex(32))
-        self.nodes = []
+        self.nodes, self.gpus = [], gpus
         self.address = f"{_host(0)}:{processes.free_port(_host(0))}"
         self.dashboard = f"http://{_host(0)}:{processes.free_port(_host(0))}"
         self.redis, self.redis_port = None, 0
@@ -189,6 +196,10 @@ class LocalCluster:
         nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
         return {node["labels"]["nanoray-node"] for node in nodes if node["state"] == "ALIVE"}
 
+    def gpus_of(self, role: str) -> int:
+        """How many GPUs a node of a role offers."""
+        return self.gpus if ROLES[role].gpus else 0
+
     def environment(self) -> dict[str, str]:
         """What a client of this cluster needs in its environment."""
         return {
@@ -233,7 +244,9 @@ class LocalCluster:
         offer = ROLES[role]
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
                    "--disable-usage-stats", f"--node-ip-address={host}",
-                   f"--num-cpus={offer.cpus}", f"--memory={offer.memory_bytes}",
+                   # The GPUs always, or every node finds all of the machine's for itself.
+                   f"--num-cpus={offer.cpus}", f"--num-gpus={self.gpus_of(role)}",
+                   f"--memory={offer.memory_bytes}",
                    f"--object-store-memory={offer.object_store_bytes}",
                    f"--labels=nanoray-role={role},nanoray-node={name}",
                    # Nodes that share a machine would take each other's ports and, as disks of
@@ -282,6 +295,7 @@ class LocalCluster:
             "address": self.address,
             "dashboard": self.dashboard,
             "nodes": [asdict(node) for node in self.nodes],
+            "gpus": self.gpus,
             "redis_port": self.redis_port,
             "redis": asdict(self.redis) if self.redis else None,
         }
@@ -321,7 +335,8 @@ def _print_status(cluster: LocalCluster) -> None:
         offer = ROLES[node.role]
         print(
             f"  {node.name:<10} pid {node.pid:<8} {state if node.found() else 'dead':<16} "
-            f"{offer.cpus} CPUs, {offer.memory_bytes / 2**30:g} GiB"
+            f"{offer.cpus} CPUs, {cluster.gpus_of(node.role)} GPUs, "
+            f"{offer.memory_bytes / 2**30:g} GiB"
         )
     if redis := cluster.redis:
         print(f"  {redis.name:<10} pid {redis.pid:<8} {'alive' if redis.found() else 'dead'}")
@@ -340,6 +355,8 @@ def main(argv: Sequence[str]) -> int:
     workers = [role for role in ROLES if role != "head"]
     for role in workers:
         up.add_argument(f"--{role}", type=int, default=1, metavar="N", help=f"{role} nodes (1)")
+    up.add_argument("--gpus", type=int, default=0, metavar="N",
+                    help="GPUs of each trainer and rollout node (0), see above")  # fmt: skip
     up.add_argument("--redis", action="store_true", help="keep what the head knows, see above")
     commands.add_parser("down", help="end it")
     commands.add_parser("status", help="its nodes")
@@ -352,7 +369,7 @@ def main(argv: Sequence[str]) -> int:
         cluster = LocalCluster(args.dir.absolute())
         if args.command == "up":
             roles = [role for role in workers for _ in range(getattr(args, role))]
-            cluster.up(roles, redis=args.redis)
+            cluster.up(roles, redis=args.redis, gpus=args.gpus)
         elif args.command == "down":
             cluster.down()
             return 0

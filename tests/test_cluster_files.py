@@ -1,6 +1,7 @@
 """The files for real clusters: against Ray's and KubeRay's schemas, and against this repository.
 
-Which fields KubeRay knows is listed here from its CRDs (v1.6 to v1.7.1, `ray.io/v1`).
+Of KubeRay's CRDs (v1.6 to v1.7.1, `ray.io/v1`) and Kubernetes' own kinds, what the manifests use is
+listed here: whatever else stands in one is taken for a slip.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +26,88 @@ from nanoray import config
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = ["aws.yaml", "gcp.yaml"]
 ROLES = {"head", "trainer", "data", "rollout"}
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MANIFESTS = sorted((ROOT / "cluster" / "kuberay").glob("*.yaml"))
 
-CLUSTER_FIELDS = set(
-    "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions headGroupSpec "
-    "headServiceAnnotations managedBy rayVersion suspend upgradeStrategy workerGroupSpecs".split()
+
+def closed(optional: str = "", **fields: Any) -> dict[str, Any]:
+    """The JSON schema of an object that has these fields, but for the ``optional`` ones, and no
+    others."""
+    required = sorted(set(fields) - set(optional.split()))
+    return {"type": "object", "properties": fields, "required": required,
+            "additionalProperties": False}  # fmt: skip
+
+
+def listed(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1}
+
+
+def one_of(*values: str) -> dict[str, Any]:
+    return {"enum": list(values)}
+
+
+TEXT = {"type": "string", "minLength": 1}
+COUNT = {"type": "integer", "minimum": 0}
+TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+QUANTITIES = {
+    "type": "object",
+    "propertyNames": one_of("cpu", "memory", "nvidia.com/gpu", "storage"),
+    "additionalProperties": {"type": "string", "pattern": "^[1-9][0-9]*(m|[KMGT]i)?$"},
+}
+SECRET = closed(secretKeyRef=closed(name=TEXT, key=TEXT))
+CONTAINER = closed(
+    "command volumeMounts ports",
+    name=TEXT,
+    image=TEXT,
+    command=listed(TEXT),
+    env=listed(closed("value valueFrom", name=TEXT, value=TEXT, valueFrom=SECRET)),
+    ports=listed(closed(containerPort=COUNT)),
+    volumeMounts=listed(closed("readOnly", name=TEXT, mountPath=TEXT, readOnly={"const": True})),
+    resources=closed("requests", limits=QUANTITIES, requests=QUANTITIES),
 )
-HEAD_FIELDS = set("enableIngress headService labels rayStartParams resources serviceType "
-                  "template".split())  # fmt: skip
-WORKER_FIELDS = set(
-    "groupName idleTimeoutSeconds labels maxReplicas minReplicas numOfHosts rayStartParams "
-    "replicas resources scaleStrategy suspend template".split()
+TOLERATION = closed("key", key=TEXT, operator=one_of("Exists"), effect=one_of("NoSchedule"))
+RAY_POD = closed(
+    "terminationGracePeriodSeconds nodeSelector tolerations volumes",
+    serviceAccountName=TEXT,
+    terminationGracePeriodSeconds=COUNT,
+    nodeSelector=TEXTS,
+    tolerations=listed(TOLERATION),
+    volumes=listed(closed(name=TEXT, secret=closed(secretName=TEXT))),
+    containers=listed(CONTAINER),
 )
-JOB_FIELDS = set(
-    "activeDeadlineSeconds backoffLimit clusterSelector deletionStrategy entrypoint "
-    "entrypointNumCpus entrypointNumGpus entrypointResources jobId managedBy metadata "
-    "rayClusterSpec runtimeEnvYAML shutdownAfterJobFinishes submissionMode submitterConfig "
-    "submitterPodTemplate suspend ttlSecondsAfterFinished".split()
+GROUP = {"rayStartParams": TEXTS, "labels": TEXTS, "template": closed(spec=RAY_POD)}
+RAY_CLUSTER = closed(
+    rayVersion=TEXT,
+    enableInTreeAutoscaling={"const": True},
+    # Ray 2.60 runs v2; KubeRay gives pods the restart policy that this needs where it is told.
+    autoscalerOptions=closed("idleTimeoutSeconds", version=one_of("v2"), idleTimeoutSeconds=COUNT),
+    authOptions=closed(mode=one_of("token")),
+    gcsFaultToleranceOptions=closed(redisAddress=TEXT, redisPassword=closed(valueFrom=SECRET)),
+    headGroupSpec=closed(**GROUP),
+    workerGroupSpecs=listed(
+        closed(groupName=TEXT, replicas=COUNT, minReplicas=COUNT, maxReplicas=COUNT, **GROUP)
+    ),
 )
-SERVICE_FIELDS = set(
-    "deploymentUnhealthySecondThreshold excludeHeadPodFromServeSvc rayClusterConfig "
-    "rayClusterDeletionDelaySeconds serveConfigV2 serveService serviceUnhealthySecondThreshold "
-    "upgradeStrategy".split()
+APP = closed(app=TEXT)
+STATEFUL_SET = closed(
+    serviceName=TEXT,
+    replicas=COUNT,
+    selector=closed(matchLabels=APP),
+    template=closed(metadata=closed(labels=APP), spec=closed(containers=listed(CONTAINER))),
+    volumeClaimTemplates=listed(
+        closed(
+            metadata=closed(name=TEXT),
+            spec=closed(accessModes=listed(TEXT), resources=closed(requests=QUANTITIES)),
+        )
+    ),
 )
+SPECS = {  # by API version and kind
+    ("ray.io/v1", "RayCluster"): RAY_CLUSTER,
+    ("ray.io/v1", "RayJob"): closed(clusterSelector=TEXTS, entrypoint=TEXT),
+    ("ray.io/v1", "RayService"): closed(serveConfigV2=TEXT, rayClusterConfig=RAY_CLUSTER),
+    ("apps/v1", "StatefulSet"): STATEFUL_SET,
+    ("v1", "Service"): closed(selector=APP, ports=listed(closed(port=COUNT))),
+}
 
 
 def load(*parts: str) -> dict[str, Any]:
@@ -57,6 +118,14 @@ def load(*parts: str) -> dict[str, Any]:
 def documents(kind: str) -> list[dict[str, Any]]:
     read = [d for path in MANIFESTS for d in yaml.safe_load_all(path.read_text())]
     return [document for document in read if document["kind"] == kind]
+
+
+def check_fields(manifest: str) -> None:
+    """Raises a ValidationError where a manifest has a field, or a type, that is not listed here."""
+    for document in yaml.safe_load_all(manifest):
+        spec = SPECS[document["apiVersion"], document["kind"]]
+        whole = closed(apiVersion=TEXT, kind=TEXT, metadata=closed(name=TEXT), spec=spec)
+        jsonschema.Draft7Validator(whole).validate(document)
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
@@ -73,11 +142,25 @@ def test_launcher_files(name: str) -> None:
         own = {"aws.yaml": "IamInstanceProfile", "gcp.yaml": "serviceAccounts"}[name]
         # The launcher gives nobody but the head an account, of its own where none is named.
         assert own in node["node_config"] or (role, name) == ("head", "gcp.yaml")
+        if name == "aws.yaml":
+            # Where none is named Ray takes one whose driver is years older than torch's CUDA.
+            assert node["node_config"]["ImageId"] == "YOUR-AMI"
+        else:
+            (disk,) = node["node_config"]["disks"]
+            assert disk["initializeParams"]["sourceImage"].endswith("images/YOUR-IMAGE")
     assert types["head"]["resources"] == {"CPU": 0}  # no tasks beside the drivers
     assert not any(launcher[f"{whose}setup_commands"] for whose in ("", "head_", "worker_"))
     assert "spot" in str(types["rollout"]["node_config"]).lower()
     assert not re.search("spot|preemptible", str(types["trainer"]["node_config"]).lower())
     assert launcher["max_workers"] >= sum(node.get("max_workers", 0) for node in types.values())
+
+    text = (ROOT / "cluster" / name).read_text()
+    told = " ".join(line.strip().removeprefix("# ") for line in text.splitlines())
+    assert "NVIDIA driver >= 580" in told  # CUDA 13's, which torch's wheels bring
+    assert "Redis has neither password nor TLS here: keep it in a private subnet" in told
+    (extra,) = re.findall(r"pip install -e '\.\[(\w+)\]'", told)  # the launcher's own client
+    client = {"aws": "boto3", "gcp": "google-api-python-client"}[launcher["provider"]["type"]]
+    assert client in EXTRAS[extra]
 
     options = " ".join(launcher["docker"]["run_options"] + launcher["docker"]["head_run_options"])
     assert "RAY_AUTH_MODE=token" in options
@@ -92,23 +175,18 @@ def test_launcher_files(name: str) -> None:
 
 def check_cluster(spec: dict[str, Any]) -> None:
     """A RayCluster's spec, wherever it stands."""
-    assert set(spec) <= CLUSTER_FIELDS
     assert spec["rayVersion"] == ray.__version__
-    assert spec["authOptions"] == {"mode": "token"}
-    redis = spec["gcsFaultToleranceOptions"]
-    assert set(redis) == {"redisAddress", "redisPassword"}
     head = spec["headGroupSpec"]
-    assert set(head) <= HEAD_FIELDS
     assert head["rayStartParams"]["num-cpus"] == "0"
     groups = spec["workerGroupSpecs"]
     for group in groups:
-        assert set(group) <= WORKER_FIELDS
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         assert re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", group["groupName"])
     for group in [head, *groups]:
         assert group["labels"]["nanoray-role"] in ROLES
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
-        (container,) = group["template"]["spec"]["containers"]
+        pod = group["template"]["spec"]
+        assert pod["serviceAccountName"] == "YOUR-ACCOUNT"  # without one nobody reads the bucket
+        (container,) = pod["containers"]
         assert container["image"] == head["template"]["spec"]["containers"][0]["image"]
         variables = {item["name"]: item["value"] for item in container["env"]}
         assert variables["RAY_USAGE_STATS_ENABLED"] == "0"
@@ -118,16 +196,58 @@ def check_cluster(spec: dict[str, Any]) -> None:
         assert {name for name in variables if name.startswith("NANORAY_")} <= known
         limits, requests = container["resources"]["limits"], container["resources"]["requests"]
         assert limits == requests  # Ray takes the limits for what there is
-        assert all(isinstance(amount, str) for amount in limits.values())
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+def test_the_fields_of_the_manifests(path: Path) -> None:
+    check_fields(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "slip"),
+    [
+        ("cluster", "version: v2", "version: v3"),
+        ("cluster", "version: v2", "verison: v2"),
+        ("cluster", "idleTimeoutSeconds: 300", "idleTimeoutSeconds: 300s"),
+        ("cluster", "terminationGracePeriodSeconds", "terminationGracePeriod"),
+        ("cluster", "serviceAccountName: YOUR-ACCOUNT", "serviceAcountName: YOUR-ACCOUNT"),
+        ("cluster", "nodeSelector", "nodeSelectors"),
+        ("cluster", "operator: Exists, effect: NoSchedule", "operator: Exist, effect: NoSchedule"),
+        ("cluster", "containers:", "container:"),
+        ("cluster", "image:", "imge:"),
+        ("cluster", "memory: 800Gi", "memory: 800GiB"),
+        ("cluster", 'nvidia.com/gpu: "8"', "nvidia.com/gpu: 8"),
+        ("cluster", 'nvidia.com/gpu: "8"', 'nvidia.com/gpus: "8"'),
+        ("cluster", 'num-cpus: "0"', "num-cpus: 0"),
+        ("cluster", "redisPassword", "redisPasword"),
+        ("cluster", "labels: {nanoray-role: head}", "label: {nanoray-role: head}"),
+        ("cluster", "  name: nanoray", "  nmae: nanoray"),
+        ("chat", "rayClusterConfig", "rayClusterSpec"),
+        ("chat", "secretName", "secretname"),
+        ("chat", "readOnly: true", "readonly: true"),
+        ("pretrain", "clusterSelector", "clusterSelectors"),
+        ("pretrain", "  entrypoint", "  deletionStrategy: {onSucess: {}}\n  entrypoint"),
+        ("redis", "volumeClaimTemplates", "volumeClaimTemplate"),
+        ("redis", "secretKeyRef", "secretRef"),
+    ],
+)
+def test_a_slip_in_a_manifest_is_found(file: str, right: str, slip: str) -> None:
+    text = (ROOT / "cluster" / "kuberay" / f"{file}.yaml").read_text()
+    lines = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    assert right in lines
+    with pytest.raises(jsonschema.ValidationError):
+        check_fields(lines.replace(right, slip, 1))
 
 
 def test_the_kuberay_cluster() -> None:
     (cluster,) = documents("RayCluster")
-    assert cluster["apiVersion"] == "ray.io/v1"
     check_cluster(cluster["spec"])
     groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
     assert set(groups) == ROLES - {"head"}
-    assert "spot" in str(groups["rollout"]["template"]["spec"]["nodeSelector"])
+    # Bucket and labels are one provider's.
+    assert groups["rollout"]["template"]["spec"]["nodeSelector"] == {
+        "eks.amazonaws.com/capacityType": "SPOT"
+    }
     # Redis is there under the name, with the password, that the cluster asks for.
     # The line it is begun with brings up this, and no job.
     text = (ROOT / "cluster" / "kuberay" / "cluster.yaml").read_text()
@@ -148,8 +268,6 @@ def test_the_kuberay_jobs() -> None:
     assert len(found) == 2
     (cluster,) = documents("RayCluster")
     for job in found:
-        assert job["apiVersion"] == "ray.io/v1"
-        assert set(job["spec"]) <= JOB_FIELDS
         assert job["spec"]["clusterSelector"] == {"ray.io/cluster": cluster["metadata"]["name"]}
         python, flag, module, *flags = shlex.split(job["spec"]["entrypoint"])
         assert (python, flag) == ("python", "-m")
@@ -159,8 +277,6 @@ def test_the_kuberay_jobs() -> None:
 
 def test_the_kuberay_service() -> None:
     (service,) = documents("RayService")
-    assert service["apiVersion"] == "ray.io/v1"
-    assert set(service["spec"]) <= SERVICE_FIELDS
     check_cluster(service["spec"]["rayClusterConfig"])
     own = yaml.safe_load(service["spec"]["serveConfigV2"])
     shipped = load("serve", "chat.yaml")
@@ -196,11 +312,20 @@ def test_the_dockerfile() -> None:
     assert base.startswith("python:3.11") and 'python_version = "3.11"' in project  # noqa: PT018
     (install,) = [line for line in lines if line[:3] == ["RUN", "pip", "install"]]
     assert install[install.index("-c") + 1] == "constraints.txt"
+    assert install[-1] == "'.[s3,aws,gcp]'"  # every cloud's bucket, and the head starts nodes
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert {*EXTRAS["s3"], *EXTRAS["aws"], *EXTRAS["gcp"]} <= pinned
     assert "RAY_AUTH_MODE=token" in text
     assert "RAY_USAGE_STATS_ENABLED=0" in text
     assert lines[-1] == ["USER", "ray"]
     # A password would stay in a layer for ever.
     assert not re.search("(?i)(password|secret|token)=(?!token)", text)
+
+
+def test_no_printed_line_leaves_usage_statistics_on() -> None:
+    starts = re.findall(r"^ {4}.*ray start --head.*$", (ROOT / "README.md").read_text(), re.M)
+    assert starts
+    assert all("--disable-usage-stats" in line for line in starts)
 
 
 def test_what_a_job_takes_along() -> None:

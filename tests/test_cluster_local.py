@@ -36,6 +36,9 @@ def test_nodes_have_roles_and_a_token_keeps_strangers_out(cluster: LocalCluster)
     assert [node["role"] for node in state["nodes"]] == ["head", "trainer", "data"]
     listed = cluster.run("status").stdout
     assert listed.count(" alive ") == 3
+    assert listed.count(" 0 GPUs, ") == 3
+    for node in state["nodes"]:  # or Ray would find a workstation's GPU on every node
+        assert "--num-gpus=0" in cluster.process(node["name"]).cmdline()
     token = cluster.dir / "token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert stat.S_IMODE(cluster.dir.stat().st_mode) == 0o700
@@ -99,6 +102,15 @@ def test_a_lost_node_is_seen_and_replaced(cluster: LocalCluster) -> None:
     refused = cluster.run("up", check=False)
     assert refused.returncode == 1
     assert "a cluster is up" in refused.stderr
+
+
+@pytest.mark.slow
+def test_trainer_and_rollout_nodes_offer_the_gpus_that_are_asked_for() -> None:
+    with local_cluster("--gpus", "2") as own:
+        own.run("add", "trainer")  # as `up` would have
+        gpus = {name: node["resources_total"].get("GPU", 0) for name, node in own.nodes().items()}
+        assert gpus == {"head-1": 0, "trainer-1": 2, "data-1": 0, "rollout-1": 2, "trainer-2": 2}
+        assert own.run("status").stdout.count(" 2 GPUs, ") == 3
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+import torch
 from pretrain_runs import hashes, run_plan, tiny_plan
 from ray.cluster_utils import Cluster
 from ray.train.v2.api.config import ScalingConfig
@@ -20,10 +22,11 @@ from nanoray.data.blocks import Cursor
 from nanoray.data.stream import training_dataset
 from nanoray.errors import NanorayError
 from nanoray.lease import Lease
+from nanoray.model.precision import reserved_device
 from nanoray.rl.groups import Group
 from nanoray.rl.ledger import LedgerRules
 from nanoray.rl.pool import PoolClient, close_pool, start_pool
-from nanoray.rl.supervisor import PoolSettings
+from nanoray.rl.terms import PoolSettings
 from nanoray.tokenizer import load_tokenizer
 from nanoray.train import ray_glue
 from nanoray.train.needs import with_gpus
@@ -194,16 +197,64 @@ def test_the_last_node_of_a_role_is_missed(monkeypatch: pytest.MonkeyPatch) -> N
         look_at(395, "head")
 
 
+def has(monkeypatch: pytest.MonkeyPatch, *, cuda: bool, mps: bool = False) -> None:
+    """What torch says of this machine's accelerators."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+
+def test_only_a_reserved_gpu_is_used(
+    monkeypatch: pytest.MonkeyPatch, home: Any, corpus: str, tokenizer_dir: str
+) -> None:
+    plan = tiny_plan(corpus, tokenizer_dir, "any")
+    with_gpu, without = (plan.with_config(gpus_per_worker=gpus) for gpus in (0.5, 0.0))
+    has(monkeypatch, cuda=True)
+    assert reserved_device(on_gpu=True) == torch.device("cuda", 0)
+    assert reserved_device(on_gpu=False) == torch.device("cpu")
+    assert ray_glue._device(with_gpu, 2) == torch.device("cuda", 0)
+    assert ray_glue._device(without, 2) == torch.device("cpu")
+    has(monkeypatch, cuda=False, mps=True)
+    assert reserved_device(on_gpu=False) == torch.device("mps")
+    assert ray_glue._device(without, 1) == torch.device("mps")
+    assert ray_glue._device(without, 2) == torch.device("cpu")  # gloo does not know MPS
+    has(monkeypatch, cuda=False)
+    assert reserved_device(on_gpu=False) == torch.device("cpu")
+    with pytest.raises(NanorayError, match="a GPU is reserved"):
+        ray_glue._device(with_gpu, 2)
+
+
+@pytest.mark.parametrize(
+    ("built_with", "mps", "cause"),
+    [
+        (None, False, r"sees none: this torch is built without CUDA; install a build that has it"),
+        (None, True, r"sees none: this torch is built without CUDA"),
+        ("13.0", False, r"driver is probably older than torch's CUDA 13\.0, .*`nvidia-smi`"),
+    ],
+)
+def test_a_reserved_gpu_that_torch_does_not_see_is_an_error(
+    built_with: str | None, mps: bool, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has(monkeypatch, cuda=False, mps=mps)
+    monkeypatch.setattr(torch.version, "cuda", built_with)
+    with pytest.raises(NanorayError, match=cause):
+        reserved_device(on_gpu=True)
+
+
 class RoleCluster:
     """A Ray cluster in this process whose nodes have roles; this process is its driver."""
 
     def __init__(self) -> None:
         self.cluster = Cluster()
         self.role_of: dict[str, str] = {}
-        for role, cpus in (("head", 0), ("trainer", 2), ("data", 2), ("rollout", 2)):
+        # Logical GPUs: they are handed out as real ones are, and nothing computes on them.
+        for role, cpus, gpus in (
+            ("head", 0, 0), ("trainer", 2, 1), ("data", 2, 0), ("rollout", 2, 1),
+        ):  # fmt: skip
             self.cluster.add_node(
-                num_cpus=cpus, labels={"nanoray-role": role}, object_store_memory=100 * 2**20
-            )
+                num_cpus=cpus, num_gpus=gpus, labels={"nanoray-role": role},
+                object_store_memory=100 * 2**20,
+            )  # fmt: skip
         os.environ["RAY_ADDRESS"] = self.cluster.address
         try:
             fleet.connect(namespace=None)
@@ -286,15 +337,39 @@ def _telling_its_node(loop: Callable[..., None]) -> Callable[..., None]:
 
 
 @pytest.mark.slow
-def test_rollouts_are_sampled_on_rollout_nodes(roles: RoleCluster, tmp_path: Any) -> None:
+def test_a_learner_without_the_gpu_it_reserved_ends_the_run_with_a_sentence(
+    roles: RoleCluster, home: Any, corpus: str, tokenizer_dir: str
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("torch has a GPU here")
+    plan = tiny_plan(corpus, tokenizer_dir, "blind").with_config(gpus_per_worker=1.0)
+    lease = Lease(plan.run_dir)
+    try:
+        record_config(plan)
+        with pytest.raises(NanorayError, match=r"^a GPU is reserved for a process on .* sees none"):
+            ray_glue.fit(plan, lease, lambda _record: None)
+    finally:
+        lease.release()
+
+
+@pytest.mark.slow
+def test_rollouts_share_the_gpu_of_rollout_nodes(roles: RoleCluster, tmp_path: Any) -> None:
+    seen = tmp_path / "seen"
+    seen.mkdir()
+
     def open_sampler() -> Any:
         class Sampler:
             def load_weights(self, buffer: Any, version: int) -> None: ...
 
             def sample(self, numbers: list[int]) -> list[Any]:
-                here = ray.get_runtime_context().get_node_id()
+                here = ray.get_runtime_context()
+                gpus = ",".join(here.get_accelerator_ids()["GPU"])
+                told = f"{here.get_node_id()} {gpus} {os.environ['CUDA_VISIBLE_DEVICES']}"
                 prompt = np.array([0], dtype=np.int32)
-                return [_group(number, prompt, here) for number in numbers]
+                (seen / here.get_actor_id()).touch()
+                while len(list(seen.iterdir())) < 2:  # both are there at the same time
+                    time.sleep(0.05)
+                return [_group(number, prompt, told) for number in numbers]
 
         return Sampler()
 
@@ -313,7 +388,9 @@ def test_rollouts_are_sampled_on_rollout_nodes(roles: RoleCluster, tmp_path: Any
         return Group(number, prompt, (one,))
 
     rules = LedgerRules(num_steps=1, questions_per_step=4, bundle_size=1)
-    pool = start_pool(open_sampler, rules, PoolSettings(2, 2), run_dir=str(tmp_path), num_cpus=0.5)
+    settings, run_dir = PoolSettings(2, 2), str(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    pool = start_pool(open_sampler, rules, settings, run_dir=run_dir, num_cpus=0.5, num_gpus=0.25)
     try:
         client = PoolClient(pool, "a")
         client.begin(0, None)
@@ -321,4 +398,5 @@ def test_rollouts_are_sampled_on_rollout_nodes(roles: RoleCluster, tmp_path: Any
         groups = client.take(0).groups
     finally:
         close_pool(pool)
-    assert {roles.role_of[group.samples[0].text] for group in groups} == {"rollout"}
+    for node_id, gpu, visible in (group.samples[0].text.split() for group in groups):
+        assert (roles.role_of[node_id], gpu, visible) == ("rollout", "0", "0")

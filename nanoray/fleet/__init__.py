@@ -3,7 +3,14 @@
 The only room below training that knows Ray.
 """
 
-from nanoray.fleet.board import Board, StopWatch, gauge_name, gauge_sink, start_board
+from nanoray.fleet.board import (
+    Board,
+    StopWatch,
+    gauge_name,
+    gauge_sink,
+    mistakes_told,
+    start_board,
+)
 from nanoray.fleet.connect import (
     Needs,
     NoRoomError,
@@ -49,6 +56,7 @@ __all__ = [
     "living_nodes",
     "local_object_store_bytes",
     "local_resources",
+    "mistakes_told",
     "nodes_for",
     "on_cluster",
     "preflight",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import ray
 from ray.util.metrics import Gauge
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from nanoray.errors import NanorayError
 from nanoray.metrics import Record, Sink
 
 
@@ -70,6 +73,19 @@ def start_board(name: str) -> Any:
     """A board on the driver's own node: it shall not be lost before the driver is."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return Board.options(name=name, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def mistakes_told(board: Any) -> Iterator[None]:
+    """A NanorayError in the block is the run's verdict: no restart mends it.
+
+    It is said before it ends the group; others may wait for this worker in a collective.
+    """
+    try:
+        yield
+    except NanorayError as error:
+        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
+        raise
 
 
 class StopWatch:

@@ -1,4 +1,5 @@
-"""What Ray Train decides by: how many workers there may be, and whether a failure is beyond help.
+"""What Ray Train decides by: how many workers there may be, whether they have the GPUs that are
+reserved for them, and whether a failure is beyond help.
 
 Ray Train 2.60 has no public way to choose these.
 """
@@ -6,9 +7,11 @@ Ray Train 2.60 has no public way to choose these.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.train.torch.config import TorchConfig, _TorchBackend
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
     FailureDecision,
@@ -19,6 +22,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from nanoray import fleet
+from nanoray.model.precision import reserved_device
 
 
 class PlacedPolicy(ElasticScalingPolicy):
@@ -80,13 +84,37 @@ class VerdictPolicy(DefaultFailurePolicy):
         return super().make_decision(training_failed_error)
 
 
+class _CheckedBackend(_TorchBackend):
+    """Ray Train's, after a look at the GPUs: what NCCL says without one tells nobody anything."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        if worker_group.get_resources_per_worker().get("GPU"):
+            worker_group.execute(_check_gpu, backend_config.board)
+        super().on_start(worker_group, backend_config)
+
+
+def _check_gpu(board: Any) -> None:
+    """Called in every worker."""
+    with fleet.mistakes_told(board):
+        reserved_device(on_gpu=True)
+
+
+@dataclass
+class _CheckedConfig(TorchConfig):
+    board: Any = None
+
+    @property
+    def backend_cls(self) -> type[_CheckedBackend]:
+        return _CheckedBackend
+
+
 class Trainer(TorchTrainer):
-    """Ray Train's, with the policies above. ``scaling_policy``: None for a fixed number."""
+    """Ray Train's, with what is above. ``scaling_policy``: None for a fixed number."""
 
     scaling_policy: PlacedPolicy | None = None
 
     def __init__(self, board: Any, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, torch_config=_CheckedConfig(board=board), **options)
         self._board = board
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:

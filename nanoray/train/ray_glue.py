@@ -250,7 +250,7 @@ def _trainer(
 
 def _dataset(plan: StreamRunPlan, board: Any, concurrency: int | None) -> ray.data.Dataset:
     """Called in Ray Train's controller at every start, before the workers train."""
-    with _mistakes_told(board):
+    with fleet.mistakes_told(board):
         start = choose_start(plan, lambda message: board.post.remote({"warning": message}))
         stream = plan.stream(plan.read_tokenizer())
     ray.get(board.start_from.remote(start.step), timeout=30)
@@ -283,7 +283,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         return  # a restart after a mistake that no restart mends
     context = ray.train.get_context()
     size = context.get_world_size()
-    with _mistakes_told(board):
+    with fleet.mistakes_told(board):
         device = _device(plan, size)
     world = World(context.get_world_rank(), size, device)
     if world.device.type == "cpu":
@@ -308,7 +308,7 @@ def _train_loop(config: dict[str, Any]) -> None:
         attempt=attempt,
     )
     try:
-        with _mistakes_told(board):
+        with fleet.mistakes_told(board):
             summary = (config["run"] or _run_stream)(plan, world, hooks, start_step)
         if world.is_first:
             ray.get(board.conclude.remote(summary), timeout=30)
@@ -319,19 +319,6 @@ def _train_loop(config: dict[str, Any]) -> None:
     finally:
         if stop_watch:
             stop_watch.close()
-
-
-@contextmanager
-def _mistakes_told(board: Any) -> Iterator[None]:
-    """A NanorayError in the block is the run's verdict: no restart mends it.
-
-    It is said before it ends the group; others may wait for this worker in a collective.
-    """
-    try:
-        yield
-    except NanorayError as error:
-        ray.get(board.conclude.remote({"error": str(error)}), timeout=30)
-        raise
 
 
 def _device(plan: RunPlan, world_size: int) -> torch.device:
@@ -347,7 +334,7 @@ def _start_step(plan: RunPlan, board: Any, run: Run | None) -> int:
     if run is None:
         asked: int = ray.get(board.start_step.remote(), timeout=30)
         return asked
-    with _mistakes_told(board):
+    with fleet.mistakes_told(board):
         return choose_start(plan, lambda message: board.post.remote({"warning": message})).step
 
 
