@@ -59,9 +59,9 @@ class LocalCluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def submit(self, name: str, flags: list[str]) -> None:
+    def submit(self, name: str, flags: list[str], job: str = "pretrain") -> None:
         self.ray("job", "submit", "--no-wait", "--submission-id", name, "--working-dir", ".",
-                 "--", "python", "-m", "jobs.pretrain", *flags)  # fmt: skip
+                 "--", "python", "-m", f"jobs.{job}", *flags)  # fmt: skip
 
     @property
     def state(self) -> dict[str, Any]:
@@ -101,6 +101,12 @@ class LocalCluster:
         listed = self.get("/api/v0/nodes", detail="1")["data"]["result"]["result"]
         alive = [node for node in listed if node["state"] == "ALIVE"]
         return {node["labels"]["nanoray-node"]: node for node in alive}
+
+    def actors(self) -> set[str]:
+        """The classes of the actors that live, but for Ray's own that outlive every job."""
+        listed = self.get("/api/v0/actors")["data"]["result"]["result"]
+        alive = {actor["class_name"] for actor in listed if actor["state"] != "DEAD"}
+        return alive - {"_StatsActor", "_AutoscalingCoordinatorActor"}  # they hold no CPUs
 
     def trained(self, run: str) -> list[int]:
         """The steps in a run's log, in order."""

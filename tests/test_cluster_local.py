@@ -20,6 +20,7 @@ import pytest
 import requests
 from local_cluster import REPOSITORY, LocalCluster, local_cluster, wait_for
 from pretrain_runs import tiny_flags
+from rl_runs import make_guesser, rl_flags
 
 from nanoray.checkpoint import Checkpoint, list_steps
 
@@ -71,10 +72,7 @@ def test_a_submitted_run_is_stopped_and_goes_on(
     assert 20 <= step < 300
     with Checkpoint(root, step) as checkpoint:
         assert checkpoint.meta["step"] == step
-    listed = cluster.get("/api/v0/actors")["data"]["result"]["result"]
-    # Two of Ray Data's own outlive every job; they hold no CPUs.
-    left = {actor["class_name"] for actor in listed if actor["state"] != "DEAD"}
-    assert left <= {"_StatsActor", "_AutoscalingCoordinatorActor"}
+    assert not cluster.actors()
 
     cluster.submit("second", flags)
     cluster.succeeds("second")
@@ -104,13 +102,40 @@ def test_a_lost_node_is_seen_and_replaced(cluster: LocalCluster) -> None:
     assert "a cluster is up" in refused.stderr
 
 
+@pytest.mark.soak
+def test_a_submitted_practice_is_stopped_and_goes_on(
+    home: Path, corpus: str, tokenizer_dir: str, tmp_path: Path
+) -> None:
+    """Neither the pool nor a rollout actor is left behind, and no problem is trained twice."""
+    steps = 40
+    guesser = make_guesser(corpus, tokenizer_dir, tmp_path)
+    flags = rl_flags(**guesser, run="mine", num_iterations=steps, rollout_actors="2")
+    with local_cluster() as own:
+        own.submit("first", flags, "rl")
+        wait_for(lambda: len(own.trained("mine")) >= 3)
+        assert {"_PoolActor", "_RolloutActor"} <= own.actors()
+        assert "was stopped" in own.ray("job", "stop", "first")
+        assert "run mine stopped" in own.get("/api/jobs/first/logs")["logs"]
+        root = str(own.home / "runs" / "mine" / "checkpoints")
+        (step,) = list_steps(root)
+        assert 3 <= step < steps
+        wait_for(lambda: not own.actors(), 30)
+        own.submit("second", flags, "rl")
+        own.succeeds("second")
+        assert own.trained("mine") == list(range(1, steps + 1))
+        with Checkpoint(root, steps) as checkpoint:
+            ledger = checkpoint.meta["ledger"]
+        assert (ledger["next_number"], ledger["open"]) == (4 * steps, [])
+        assert ledger["counts"]["trained"] == 4 * steps
+
+
 @pytest.mark.slow
 def test_trainer_and_rollout_nodes_offer_the_gpus_that_are_asked_for() -> None:
-    with local_cluster("--gpus", "2") as own:
-        own.run("add", "trainer")  # as `up` would have
+    with local_cluster("--gpus", "2", "--data", "0", "--rollout", "0") as own:
+        own.run("add", "rollout")  # as `up` would have
         gpus = {name: node["resources_total"].get("GPU", 0) for name, node in own.nodes().items()}
-        assert gpus == {"head-1": 0, "trainer-1": 2, "data-1": 0, "rollout-1": 2, "trainer-2": 2}
-        assert own.run("status").stdout.count(" 2 GPUs, ") == 3
+        assert gpus == {"head-1": 0, "trainer-1": 2, "rollout-1": 2}
+        assert own.run("status").stdout.count(" 2 GPUs, ") == 2
 
 
 @pytest.mark.slow
