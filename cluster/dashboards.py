@@ -268,7 +268,7 @@ SERVING = Dashboard(
                 "Cache in use",
                 "percentunit",
                 {"{{model}}": 'max by (model) (ray_nanoray_kv_cache_usage_perc{model=~"$model"})'},
-                "Of the fullest replica.",
+                "By running sequences, of the fullest replica.",
             ),
             Panel(
                 "Prefix cache",
@@ -278,6 +278,12 @@ SERVING = Dashboard(
                     f"{_rate('prefix_cache_queries', 'model')}"
                 },
                 "Share of prompt tokens found in the cache.",
+            ),
+            Panel(
+                "Config refused",
+                "short",
+                {"replicas": "sum(ray_nanoray_config_refused)"},
+                "Replicas that refuse the newest config and serve the one before.",
             ),
         ),
     },

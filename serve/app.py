@@ -12,6 +12,7 @@ changes, `serve deploy` changes it in the replicas that run, and no answer is cu
 
 import asyncio
 import logging
+import os
 import time
 from typing import Any
 
@@ -29,6 +30,7 @@ from serve.http import HttpSettings, make_app
 from serve.keys import read_api_keys
 from serve.observe import Observer
 from serve.pin import pinned
+from serve.proxy import CALLBACK
 from serve.ray_meter import RayMeter
 
 NAME = "chat"
@@ -48,6 +50,11 @@ class Chat:
     """One replica: the models, and the HTTP application in front of them."""
 
     def __init__(self) -> None:
+        for name in CALLBACK.keys() - os.environ.keys():
+            _logger.warning(
+                f"{name} was not set before `ray start`: what Serve's proxy refuses is told in "
+                f"plain text, and a lost replica's stream just stops; see serve/chat.yaml"
+            )
         self._host = Host()
         # Below Serve's logger, so that it reaches the session's log files.
         self._observer = Observer(RayMeter(), logging.getLogger("ray.serve.access"))
@@ -107,6 +114,7 @@ class Chat:
         next_try_s = time.monotonic() + _RETRY_EVERY_S
         while True:
             self._observer.engines(self._host.stats()["models"])
+            self._observer.config(refused=self._host.refused is not None)
             await asyncio.sleep(_GAUGES_EVERY_S)
             if time.monotonic() > next_try_s:
                 await self._retry()
@@ -166,7 +174,7 @@ class AppArgs(BaseModel):
     replicas: WorkerRange = Field(default="1", description="N, or MIN:MAX to follow the load")
     cpus_per_replica: int = Field(default=1, ge=1)
     gpus_per_replica: float = Field(default=0, ge=0)
-    num_slots: int = Field(default=16, ge=1)
+    num_slots: int = Field(default=16, ge=1, description="of each model")
     max_queue: int = Field(default=64, ge=1)
 
 
@@ -185,12 +193,13 @@ def app(args: AppArgs) -> Application:
 def build(args: AppArgs, config: ChatServiceConfig | None) -> Application:
     """The application with what it serves. Replicas are as many as `args` says."""
     low, high = parse_worker_range(args.replicas)
+    num_slots = args.num_slots * (len(config.models) if config else 1)  # each has its own
     options: dict[str, Any] = {
         "ray_actor_options": {
             "num_cpus": args.cpus_per_replica,
             "num_gpus": args.gpus_per_replica,
         },
-        "max_ongoing_requests": args.num_slots + _SPARE_REQUESTS,
+        "max_ongoing_requests": num_slots + _SPARE_REQUESTS,
         "max_queued_requests": args.max_queue,
     }
     if low < high:
@@ -198,7 +207,7 @@ def build(args: AppArgs, config: ChatServiceConfig | None) -> Application:
             "min_replicas": low,
             "max_replicas": high,
             # Below the slots: another replica shall be there before the queue grows.
-            "target_ongoing_requests": max(1, args.num_slots * 3 // 4),
+            "target_ongoing_requests": max(1, num_slots * 3 // 4),
         }
     else:
         options["num_replicas"] = low

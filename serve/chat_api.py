@@ -28,6 +28,7 @@ from serve.schemas import (
     ChatMessage,
     ChatRequest,
     Message,
+    SystemMessage,
     TextPart,
     TokenLogprob,
     ToolPart,
@@ -74,16 +75,18 @@ def chat_prompt(served: ServedModel, messages: Sequence[dict[str, Any]]) -> list
             code="not_a_chat_model",
         )
     sizes = [_num_chars(message["content"]) for message in messages]
-    if max(sizes) > MAX_MESSAGE_CHARS:
+    # An answer may be longer, and must be taken back: its writer was the model.
+    written = [0 if m["role"] == "assistant" else size for m, size in zip(messages, sizes)]
+    if max(written) > MAX_MESSAGE_CHARS:
         raise ApiError(
             400,
-            f"a message has {max(sizes):,} characters: {MAX_MESSAGE_CHARS:,} is the most.",
-            param=f"messages[{sizes.index(max(sizes))}].content",
+            f"a message has {max(written):,} characters: {MAX_MESSAGE_CHARS:,} is the most.",
+            param=f"messages[{written.index(max(written))}].content",
         )
     if sum(sizes) > MAX_CONVERSATION_CHARS:
         message = f"the conversation has {sum(sizes):,} characters: leave out some messages, "
         message += f"{MAX_CONVERSATION_CHARS:,} is the most."
-        raise ApiError(400, message, param="messages")
+        raise ApiError(400, message, param="messages", code="context_length_exceeded")
     if messages[-1]["role"] == "assistant":
         message = "the last message is the assistant's: end with a question of the user's."
         raise ApiError(400, message, param="messages")
@@ -104,7 +107,8 @@ def _message(message: Message) -> dict[str, Any]:
     content = message.content
     if not isinstance(message, AssistantMessage):
         text = content if isinstance(content, str) else "".join(p.text for p in content or [])
-        return {"role": message.role, "content": text}
+        role = "system" if isinstance(message, SystemMessage) else "user"
+        return {"role": role, "content": text}
     parts = message.parts
     if content is None and parts is None:
         text = "an assistant's message has neither content nor parts: give one of them."

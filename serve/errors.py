@@ -24,6 +24,8 @@ _CODES = {
     413: "request_too_large",
     429: "rate_limit_exceeded",
 }
+# Which branch of a union it was stands in a place, too.
+_UNION_STEPS = ("str", "int", "user", "assistant", "system", "developer")
 # Fields of OpenAI that are understood as far as they ask for nothing.
 _NOT_SUPPORTED = {
     "frequency_penalty": "leave it out or give 0",
@@ -88,6 +90,11 @@ def unavailable() -> ApiError:
     )
 
 
+def model_failed(message: str) -> ApiError:
+    """The engine failed at a request that was fine."""
+    return ApiError(500, message, code="model_error")
+
+
 def too_much() -> ApiError:
     """More is waiting for the model's slots than would be answered soon."""
     return ApiError(
@@ -100,7 +107,7 @@ def too_much() -> ApiError:
 def as_api_error(error: Exception) -> ApiError:
     """How the client is told what was raised while its request was checked."""
     # Not above: it loads torch, which Serve's proxies (see serve/proxy.py) do without.
-    from nanoray.engine import EngineClosedError
+    from nanoray.engine.engine import EngineClosedError, EngineFailedError
 
     if isinstance(error, ApiError):
         return error
@@ -108,6 +115,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, EngineClosedError):
         return unavailable()
+    if isinstance(error, EngineFailedError):
+        return model_failed(str(error))
     if isinstance(error, NanorayError):
         return ApiError(400, str(error))
     if isinstance(error, RequestValidationError):
@@ -160,6 +169,6 @@ def _param(loc: Sequence[str | int]) -> str:
     for step in loc[2:]:
         if isinstance(step, int):
             name += f"[{step}]"
-        elif step.isidentifier() and step not in ("str", "int", "user", "assistant", "system"):
+        elif step.isidentifier() and step not in _UNION_STEPS:
             name += f".{step}"
     return name[:_MAX_NAME_CHARS]

@@ -123,11 +123,12 @@ class Host:
             NanorayError: a checkpoint is missing, damaged or of no use; everything stays as it was.
         """
         with self._changing:
-            torch.set_num_threads(config.num_threads)
             # All that may fail comes before anything changes.
             planned = [self._plan(choice, config) for choice in config.models]
             for change in planned:
                 change.load()
+            # For the threads of new engines: one that has computed keeps the number it began with.
+            torch.set_num_threads(config.num_threads)
             replaced = [change.commit() for change in planned]
             gone = [m.engine for name, m in self._served.items() if name not in _names(planned)]
             self._served = {change.choice.name: change.result for change in planned}
@@ -246,7 +247,8 @@ class _Change:
         """Bring in all that is needed. Raises NanorayError."""
         config = self._config
         root, step = find_checkpoint(self.choice.run, self.choice.step)
-        settings = (config.num_slots, config.max_len, config.prefill_chunk, config.dtype)
+        sizes = (config.num_slots, config.max_len, config.prefill_chunk)
+        settings = (*sizes, config.dtype, config.num_threads)
         same_path = self._old is not None and self._old.path == step_dir(root, step)
         if same_path and self._old_shape is not None and self._old_shape.settings == settings:
             self.shape = self._old_shape

@@ -12,12 +12,13 @@ from fastapi.responses import FileResponse
 from fastapi.security import HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.arrival import seconds_ago
 from serve.chat_api import chat_router
 from serve.completions_api import completions_router
 from serve.errors import install
 from serve.february import february_router, health_router
 from serve.host import Host, ServedModel
-from serve.limits import ApiKeys, BodyLimit
+from serve.limits import ApiKeys, BodyLimit, route_path
 from serve.run import Service
 from serve.schemas import ChatCompletionChunk, ErrorBody, ModelCard, ModelList
 from serve.sse import COMPONENTS
@@ -97,7 +98,7 @@ def make_app(host: Host, settings: HttpSettings, observer: Observer) -> FastAPI:
         BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
     )
     app.add_middleware(ApiKeys, keys=settings.api_keys, open_paths=open_paths)
-    app.add_middleware(_RefusedRequests, observer=observer, known_paths=known)
+    app.add_middleware(_Requests, observer=observer, known_paths=known)
     return app
 
 
@@ -144,8 +145,10 @@ def _file_route(file: Path) -> Callable[[Request], Coroutine[Any, Any, Response]
     return send_file
 
 
-class _RefusedRequests:
-    """Records the requests that came to no model: refused, or asked for what is not there."""
+class _Requests:
+    """Notes when requests arrived, and records those that came to no model: refused, or asked for
+    what is not there.
+    """
 
     def __init__(self, app: ASGIApp, observer: Observer, known_paths: Collection[str]) -> None:
         self._app, self._observer = app, observer
@@ -164,12 +167,15 @@ class _RefusedRequests:
             await send(message)
 
         state = scope.setdefault("state", {})
+        state["arrived_s"] = self._observer.clock() - seconds_ago(scope)
         try:
             await self._app(scope, receive, watched)
         finally:
             if status >= 400 and not state.get("recorded"):
-                path = scope["path"].removeprefix(scope.get("root_path", ""))
+                path = route_path(scope)
                 # An unknown path is the client's own word, and stays out of the log.
                 route = path if path in self._known_paths else "unknown"
-                record = self._observer.request(route, "", method=scope["method"])
+                record = self._observer.request(
+                    route, "", method=scope["method"], arrived_s=state["arrived_s"]
+                )
                 record.finish(status, "refused")

@@ -29,7 +29,7 @@ class ApiKeys:
         if scope["type"] != "http" or not self._keys or self._is_open(scope):
             await self._app(scope, receive, send)
             return
-        scheme, _, given = _header(scope, b"authorization").partition(b" ")
+        scheme, _, given = header(scope, b"authorization").partition(b" ")
         digest = hashlib.sha256(given.strip()).digest()
         # All of them are compared, whichever fits.
         fits = [hmac.compare_digest(digest, key) for key in self._keys]
@@ -47,8 +47,7 @@ class ApiKeys:
         await error.response()(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        return scope["method"] in ("GET", "HEAD") and path in self._open_paths
+        return scope["method"] in ("GET", "HEAD") and route_path(scope) in self._open_paths
 
 
 class BodyLimit:
@@ -76,7 +75,7 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        length = _header(scope, b"content-length")
+        length = header(scope, b"content-length")
         if length.isdigit() and int(length[:20]) > self._max_bytes:
             raise self._too_large()
         chunks: list[bytes] = []
@@ -109,6 +108,12 @@ class BodyLimit:
         )
 
 
-def _header(scope: Scope, name: bytes) -> bytes:
+def header(scope: Scope, name: bytes) -> bytes:
     """A header's value; empty without it."""
     return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+def route_path(scope: Scope) -> str:
+    """The path below the prefix that the application stands at, itself with or without a slash."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path or "/"

@@ -46,7 +46,12 @@ METRICS = {
     ),
     "nanoray_num_requests_running": Metric("gauge", "Sequences in the engine's slots."),
     "nanoray_num_requests_waiting": Metric("gauge", "Sequences that wait for a slot."),
-    "nanoray_kv_cache_usage_perc": Metric("gauge", "Share of the cache that holds tokens, 0-1."),
+    "nanoray_kv_cache_usage_perc": Metric(
+        "gauge", "Share of the cache that holds tokens of running sequences, 0-1."
+    ),
+    "nanoray_config_refused": Metric(
+        "gauge", "1 while the newest config is refused and the one before serves on.", labels=()
+    ),
     "nanoray_prefix_cache_queries": Metric("counter", "Prompt tokens looked up in the cache."),
     "nanoray_prefix_cache_hits": Metric("counter", "Prompt tokens found in the cache."),
     "nanoray_prompt_tokens": Metric("counter", "Prompt tokens of requests."),
@@ -102,13 +107,24 @@ def _key(name: str, labels: Mapping[str, str]) -> _Key:
     return name, tuple(sorted(labels.items()))
 
 
-class RequestRecord:
-    """One request, from before the queue to its end. Made by Observer.request()."""
+@dataclass
+class _Sample:
+    """One of a request's answers: when its tokens came, and how many after the first ones."""
 
-    def __init__(self, observer: Observer, fields: dict[str, Any]) -> None:
+    first_s: float
+    last_s: float
+    num_later: int = 0
+
+
+class RequestRecord:
+    """One request, from its arrival to its end. Made by Observer.request()."""
+
+    def __init__(self, observer: Observer, fields: dict[str, Any], arrived_s: float | None) -> None:
         self._observer, self._fields = observer, fields
-        self._start = observer.clock()
-        self._first = self._last = 0.0
+        now = observer.clock()
+        self._start_s = now if arrived_s is None else arrived_s
+        self._before_s = now - self._start_s  # in Serve's queue, and being read
+        self._samples: dict[int, _Sample] = {}
         self._num_prompt = self._num_tokens = 0
         self._queue_s: float | None = None
         self._finished = False
@@ -119,19 +135,19 @@ class RequestRecord:
 
     def queued(self, seconds: float) -> None:
         """The engine had no slot for so long."""
-        self._queue_s = seconds
+        self._queue_s = self._before_s + seconds
 
-    def first_token(self) -> None:
-        """The first token is there. Told by tokens(), too; the earlier of the two counts."""
-        if not self._first:
-            self._first = self._last = self._observer.clock()
-
-    def tokens(self, n: int) -> None:
-        """n more tokens of the answer."""
-        if n:
-            self.first_token()
-            self._last = self._observer.clock()
-            self._num_tokens += n
+    def tokens(self, n: int, index: int = 0) -> None:
+        """n more tokens of the sample with this index."""
+        if not n:
+            return
+        self._num_tokens += n
+        now = self._observer.clock()
+        if sample := self._samples.get(index):
+            sample.last_s = now
+            sample.num_later += n
+        else:
+            self._samples[index] = _Sample(now, now)
 
     def finish(self, status: int, reason: str) -> None:
         """The end: HTTP status (499: the client has left) and "stop", "length", "abort", ….
@@ -142,11 +158,14 @@ class RequestRecord:
             return
         self._finished = True
         now, model = self._observer.clock(), self._fields["model"]
-        seconds = {"e2e_request_latency": now - self._start}
-        if self._first:
-            seconds["time_to_first_token"] = self._first - self._start
-        if self._num_tokens > 1:
-            seconds["inter_token_latency"] = (self._last - self._first) / (self._num_tokens - 1)
+        seconds = {"e2e_request_latency": now - self._start_s}
+        samples = self._samples.values()
+        if samples:
+            first_s = min(sample.first_s for sample in samples)
+            seconds["time_to_first_token"] = first_s - self._start_s
+        if num_later := sum(sample.num_later for sample in samples):
+            between_s = sum(sample.last_s - sample.first_s for sample in samples)
+            seconds["inter_token_latency"] = between_s / num_later
         if self._queue_s is not None:
             seconds["request_queue_time"] = self._queue_s
         outcome = {"status": status, "finish_reason": reason}
@@ -176,17 +195,24 @@ class Observer:
         self._cache_before: dict[str, tuple[float, float]] = {}
 
     def request(
-        self, route: str, model: str, *, method: str = "POST", request_id: str = ""
+        self,
+        route: str,
+        model: str,
+        *,
+        method: str = "POST",
+        request_id: str = "",
+        arrived_s: float | None = None,
     ) -> RequestRecord:
-        """The start of a request, before the queue.
+        """The start of a request, before the engine's queue.
 
         Args:
             route: its path as the API defines it, without parameters.
             model: a served model's name, or "" while there is none: a client's own words must
                 neither become a label nor reach the log.
+            arrived_s: when it arrived, by our clock; by default now.
         """
         fields = {"request_id": request_id, "method": method, "route": route, "model": model}
-        return RequestRecord(self, fields)
+        return RequestRecord(self, fields, arrived_s)
 
     def finished(
         self,
@@ -213,12 +239,13 @@ class Observer:
 
     def engines(self, models: Mapping[str, Mapping[str, float]]) -> None:
         """What the engines do now: gauges, and counters since the last look (see Engine.stats)."""
+        for model in self._cache_before.keys() - models.keys():
+            self._engine(model, 0, 0, 0)  # it was let go; a gauge would keep its last value
+            del self._cache_before[model]
         for model, stats in models.items():
             labels = {"model": model}
-            usage = stats["cached_tokens"] / stats["cache_capacity_tokens"]
-            self.meter.gauge("nanoray_num_requests_running", stats["running"], labels)
-            self.meter.gauge("nanoray_num_requests_waiting", stats["waiting"], labels)
-            self.meter.gauge("nanoray_kv_cache_usage_perc", usage, labels)
+            usage = stats["busy_tokens"] / stats["cache_capacity_tokens"]
+            self._engine(model, stats["running"], stats["waiting"], usage)
             now = (stats["prompt_tokens"], stats["cached_prompt_tokens"])
             before = self._cache_before.get(model, (0.0, 0.0))
             if now < before:  # another engine, which counts from zero
@@ -227,3 +254,13 @@ class Observer:
                 if new > old:
                     self.meter.count(f"nanoray_prefix_cache_{name}", new - old, labels)
             self._cache_before[model] = now
+
+    def _engine(self, model: str, running: float, waiting: float, usage: float) -> None:
+        labels = {"model": model}
+        self.meter.gauge("nanoray_num_requests_running", running, labels)
+        self.meter.gauge("nanoray_num_requests_waiting", waiting, labels)
+        self.meter.gauge("nanoray_kv_cache_usage_perc", usage, labels)
+
+    def config(self, refused: bool) -> None:
+        """Whether the newest config is refused."""
+        self.meter.gauge("nanoray_config_refused", float(refused), {})

@@ -1,4 +1,5 @@
-"""In front of Serve's HTTP proxy: what it cannot say itself, in the API's own form.
+"""In front of Serve's HTTP proxy: what it cannot say itself, in the API's own form; and when each
+request arrived.
 
 Serve's proxy refuses in plain text, answers a lost replica with nothing at all, breaks a stream
 off when its replica dies, and takes in bodies of any size. Ray loads this in its proxies by
@@ -11,6 +12,7 @@ from __future__ import annotations
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve.arrival import stamped
 from serve.errors import ApiError
 from serve.limits import BodyLimit
 
@@ -46,7 +48,7 @@ class ProxyErrors:
             await self._app(scope, receive, send)
             return
         answer = _Answer(scope, receive, send)
-        await self._app(_readable(scope), receive, answer.send)
+        await self._app(stamped(_readable(scope)), receive, answer.send)
         await answer.end()
 
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from nanoray.engine import Delta, PromptScore, SamplingParams
-from serve.errors import ApiError, as_api_error, too_much, unavailable
+from serve.errors import ApiError, as_api_error, model_failed, too_much, unavailable
 from serve.host import Host, ServedModel
+from serve.limits import route_path
 from serve.schemas import PromptTokensDetails, SamplingFields, Usage
 
 if TYPE_CHECKING:
@@ -82,8 +83,12 @@ class Run:
         waiting = stats["waiting"] + sum(each.n for each in params)
         if stats["waiting"] and waiting > _MAX_WAITING_PER_SLOT * stats["num_slots"]:
             raise too_much()
-        route = request.url.path.removeprefix(request.scope.get("root_path", ""))
-        self._record = service.observer.request(route, served.name, request_id=self.id)
+        self._record = service.observer.request(
+            route_path(request.scope),
+            served.name,
+            request_id=self.id,
+            arrived_s=request.state.arrived_s,
+        )
 
     def __enter__(self) -> Run:
         self._request.state.recorded = True
@@ -147,10 +152,10 @@ class Run:
         if delta.finish_reason == "abort":
             raise unavailable()
         if delta.finish_reason == "error":
-            raise ApiError(500, f"the model could not answer: {delta.error}.", code="model_error")
+            raise model_failed(f"the model could not answer: {delta.error}.")
         if delta.tokens and not self._num_tokens:
             self._record.queued(delta.queued_s)
-        self._record.tokens(len(delta.tokens))
+        self._record.tokens(len(delta.tokens), delta.index)
         self._num_tokens += len(delta.tokens)
         num_samples = self._params[0].n
         if delta.index % num_samples == 0:  # the other samples find the first one's prompt

@@ -9,26 +9,50 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 MAX_MESSAGES = 500
+MAX_PARTS = 2_048
 MAX_MESSAGE_CHARS = 8_000
 MAX_CONVERSATION_CHARS = 32_000
 MAX_PROMPTS = 1_024
 MAX_SAMPLES = 128
 MAX_STOPS = 16
+MAX_PAIRS = 300
 
 
+def _not_many(pairs: Any) -> Any:
+    """Before they are looked at one by one: fail_fast is for lists alone (before pydantic 2.14)."""
+    if isinstance(pairs, dict) and len(pairs) > MAX_PAIRS:
+        raise PydanticCustomError("too_long", f"Dictionary should have at most {MAX_PAIRS} items")
+    return pairs
+
+
+# fail_fast, wherever there may be many: an error for each of a million items takes gigabytes, and
+# seconds in which nobody is answered.
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+FewPairs = BeforeValidator(_not_many)
 Nothing = Annotated[float, Field(ge=0, le=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Body(BaseModel):
     """What clients send: no other fields, no conversions, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, data: Any) -> Any:
+        """Of fields that are not known only the first: each would have an error of its own."""
+        fields = cls.model_fields
+        if not isinstance(data, dict) or len(data) <= len(fields):
+            return data
+        unknown = next(name for name in data if name not in fields)
+        return {k: value for k, value in data.items() if k in fields or k == unknown}
 
 
 class TextPart(_Body):
@@ -46,20 +70,22 @@ class ToolPart(_Body):
 
 
 Part = Annotated[TextPart | ToolPart, Field(discriminator="type")]
+TextParts = Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
+Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class SystemMessage(_Body):
-    """Only as the first one."""
+    """Only as the first one; "developer" is OpenAI's newer word for it."""
 
-    role: Literal["system"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer"]
+    content: str | TextParts
 
 
 class UserMessage(_Body):
     """What the user says."""
 
     role: Literal["user"]
-    content: str | list[TextPart]
+    content: str | TextParts
 
 
 class AssistantMessage(_Body):
@@ -70,8 +96,8 @@ class AssistantMessage(_Body):
     """
 
     role: Literal["assistant"]
-    content: str | list[Part] | None = None
-    parts: list[Part] | None = None
+    content: str | Parts | None = None
+    parts: Parts | None = None
     refusal: None = None
     tool_calls: None = None
     function_call: None = None
@@ -80,6 +106,7 @@ class AssistantMessage(_Body):
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class StreamOptions(_Body):
@@ -103,15 +130,17 @@ class SamplingFields(_Body):
     top_k: int | None = Field(None, ge=0, description="Extension. 0: all tokens.")
     min_p: float | None = Field(None, ge=0, le=1, description="Extension (arXiv 2407.01082).")
     n: int | None = Field(None, ge=1, le=MAX_SAMPLES)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=300, description="Token id -> what is added to its logit."
+    logit_bias: Annotated[dict[str, Bias], FewPairs] | None = Field(
+        None, max_length=MAX_PAIRS, description="Token id -> what is added to its logit."
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Ignored.")
-    metadata: dict[str, str] | None = Field(None, description="Ignored.")
+    metadata: Annotated[dict[str, str], FewPairs] | None = Field(
+        None, max_length=MAX_PAIRS, description="Ignored."
+    )
     frequency_penalty: Nothing | None = None
     presence_penalty: Nothing | None = None
 
@@ -119,7 +148,7 @@ class SamplingFields(_Body):
 class ChatRequest(SamplingFields):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
@@ -135,9 +164,9 @@ class CompletionRequest(SamplingFields):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
         | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: int | None = Field(None, ge=0, description="By default 16.")
     echo: bool | None = Field(None, description="Begin the answer with the prompt.")
@@ -156,7 +185,9 @@ class FebruaryMessage(_Body):
 class FebruaryRequest(_Body):
     """POST /chat/completions, as nanochat's page of February 2026 sends it."""
 
-    messages: list[FebruaryMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[
+        list[FebruaryMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    ]
     temperature: float | None = Field(None, ge=0, le=2, description="By default 0.8.")
     max_tokens: int | None = Field(None, ge=1, le=4096, description="By default 512.")
     top_k: int | None = Field(None, ge=0, le=200, description="By default 50; 0: all tokens.")

@@ -90,7 +90,7 @@ def app_of(host: SmallHost, observer: Observer | None = None, **settings: Any) -
 class AsgiClient:
     """One request by ASGI itself, which leaves `after_s` after the first byte, or after asking.
 
-    bodies: what the server sent, piece by piece.
+    status: of the answer; bodies: what the server sent, piece by piece.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class AsgiClient:
         self._after_s, self._wait = after_s, wait
         self._asked = False
         self._answered = asyncio.Event()
+        self.status: int | None = None
         self.bodies: list[bytes] = []
 
     async def run(self, app: Any) -> None:
@@ -129,6 +130,7 @@ class AsgiClient:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: dict[str, Any]) -> None:
+        self.status = message.get("status", self.status)
         if message["type"] == "http.response.body" and message["body"]:
             self.bodies.append(message["body"])
             self._answered.set()

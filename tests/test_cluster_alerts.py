@@ -41,6 +41,8 @@ HEALTHY = {
     'ray_nanoray_request_success_total{model="m",finished_reason="stop"}': "0+600x60",
     'ray_nanoray_request_failure_total{model="m",status="429"}': "0+600x60",
     'ray_nanoray_request_failure_total{model="m",status="500"}': "0+6x60",
+    'ray_nanoray_config_refused{WorkerId="1"}': "0+0x60",
+    'ray_nanoray_config_refused{WorkerId="2"}': "0+0x60",
 }
 CASES = {
     "all is well": ({}, set()),
@@ -94,6 +96,14 @@ CASES = {
     "errors": (
         {'ray_nanoray_request_failure_total{model="m",status="500"}': "0+150x60"},
         {"ServingErrors"},
+    ),
+    "a config is refused for a moment": (
+        {'ray_nanoray_config_refused{WorkerId="2"}': "0+0x40 1+0x1 0+0x17"},
+        set(),
+    ),
+    "a config is refused": (
+        {'ray_nanoray_config_refused{WorkerId="2"}': "0+0x40 1+0x20"},
+        {"ServingConfigRefused"},
     ),
     "nothing but errors": (
         {

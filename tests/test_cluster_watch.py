@@ -272,7 +272,7 @@ class Feeder:
         from serve.observe import Observer
         from serve.ray_meter import RayMeter
         observer = Observer(RayMeter())
-        stats = dict(running=3, waiting=1, cached_tokens=50, cache_capacity_tokens=100,
+        stats = dict(running=3, waiting=1, busy_tokens=50, cache_capacity_tokens=100,
                      prompt_tokens=0, cached_prompt_tokens=0)
         while True:
             for status in 200, 500:
@@ -285,6 +285,7 @@ class Feeder:
             stats["prompt_tokens"] += 8
             stats["cached_prompt_tokens"] += 4
             observer.engines({"a-model": stats})
+            observer.config(refused=False)
             time.sleep(0.5)
 
 feeder = Feeder.options(name="feeder").remote()

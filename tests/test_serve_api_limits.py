@@ -115,6 +115,7 @@ def test_what_is_no_json_object(client: httpx.Client, path: str, body: bytes) ->
         ({"messages": []}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name"),
+        ({"messages": [{"role": "developer", "content": "x", "name": "y"}]}, "messages[0].name"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
@@ -187,6 +188,29 @@ def test_a_prompt_longer_than_the_context(client: httpx.Client) -> None:
         told = refused(client.post(path, json=body))
         assert told["code"] == "context_length_exceeded"
         assert "400" in told["message"]
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_an_answer_may_be_longer_than_a_message(client: httpx.Client, in_parts: bool) -> None:
+    """A client sends back what the model wrote. Only the context and the whole have a limit."""
+    text = "x" * 8_001
+    content = [{"type": "text", "text": text}] if in_parts else text
+    answered = [*HELLO["messages"], {"role": "assistant", "content": content}]
+    body = {"messages": [*answered, *HELLO["messages"]]}
+    told = refused(client.post("/v1/chat/completions", json=body))
+    assert told["code"] == "context_length_exceeded"
+    assert "the prompt has 8,0" in told["message"]
+    body = {"messages": [*answered * 4, *HELLO["messages"]]}
+    told = refused(client.post("/v1/chat/completions", json=body))
+    assert (told["param"], told["code"]) == ("messages", "context_length_exceeded")
+    assert "leave out some messages" in told["message"]
+    body = {"messages": [*answered, {"role": "user", "content": text}]}
+    told = refused(client.post("/v1/chat/completions", json=body))
+    assert told["param"] == "messages[2].content"
+    if not in_parts:  # February's own route has February's limit, for all messages
+        body = {"messages": [*answered, *HELLO["messages"]]}
+        told = refused(client.post("/chat/completions", json=body))
+        assert told["param"] == "messages[1].content"
 
 
 def test_unknown_paths_and_methods(client: httpx.Client) -> None:

@@ -18,7 +18,7 @@ from serve_runs import TOKENIZER, save_run, speaker
 
 from nanoray.config import UsageError
 from nanoray.config.serve import ChatServiceConfig, ServeConfig, parse_models
-from nanoray.engine import Delta, SamplingParams
+from nanoray.engine import CachedModel, Delta, SamplingParams
 from nanoray.errors import NanorayError
 from serve.errors import UnknownModelError
 from serve.host import Host
@@ -159,6 +159,29 @@ def test_another_engine_takes_over_and_the_old_one_drains(host: Host, change: st
     wait_for(lambda: len(engine_threads() - before) == 1 and not host.stats()["draining"])
     with pytest.raises(NanorayError, match="closed"):
         old.generate([PROMPT], SamplingParams())
+
+
+def test_the_number_of_threads_changes_where_the_engine_computes(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_run("talk", 10, speaker("a"))
+    seen: dict[str, int] = {}
+    logits = CachedModel.logits
+
+    def watched(self: CachedModel, hidden: torch.Tensor) -> torch.Tensor:
+        seen[threading.current_thread().name] = torch.get_num_threads()
+        return logits(self, hidden)
+
+    monkeypatch.setattr(CachedModel, "logits", watched)
+    for number in (1, 3, 2):
+        host.reconfigure(config(chat(), num_threads=number))
+        say(host)
+        assert seen.pop("engine") == number
+    with pytest.raises(NanorayError, match="step 99"):
+        host.reconfigure(config(chat(step=99), num_threads=1))
+    say(host)
+    assert seen.pop("engine") == torch.get_num_threads() == 2
+    assert not seen
 
 
 def test_what_is_the_same_is_left_alone(host: Host) -> None:
@@ -310,20 +333,35 @@ def test_engines_are_watched(host: Host) -> None:
     host.reconfigure(config(chat()))
     meter = MemoryMeter()
     observer = Observer(meter)
-    say(host)
-    observer.engines(host.stats()["models"])
-    say(host)
-    say(host)
-    observer.engines(host.stats()["models"])
+
+    def usage() -> float:
+        observer.engines(host.stats()["models"])
+        return meter.gauges["nanoray_kv_cache_usage_perc", labels]
+
+    async def usage_while_one_answers() -> float:
+        started = asyncio.Event()
+        stream = asyncio.ensure_future(collect(host, 300, started))
+        await started.wait()
+        used = usage()
+        await stream
+        return used
+
     labels = (("model", "chat"),)
+    say(host)
+    observer.engines(host.stats()["models"])
+    say(host)
+    say(host)
+    observer.engines(host.stats()["models"])
     assert meter.counters["nanoray_prefix_cache_queries", labels] == 3 * len(PROMPT)
     assert meter.counters["nanoray_prefix_cache_hits", labels] == 2 * (len(PROMPT) - 1)
     assert meter.gauges["nanoray_num_requests_running", labels] == 0
-    assert 0 < meter.gauges["nanoray_kv_cache_usage_perc", labels] < 0.1
+    wait_for(lambda: not host.model("chat").engine.stats()["busy_slots"])
+    assert usage() == 0, "prefixes that are kept are not in use"
+    assert len(PROMPT) / 2400 <= asyncio.run(usage_while_one_answers()) <= 600 / 2400
     host.reconfigure(config(chat(), max_len=300))  # another engine counts from zero
     say(host)
     observer.engines(host.stats()["models"])
-    assert meter.counters["nanoray_prefix_cache_queries", labels] == 4 * len(PROMPT)
+    assert meter.counters["nanoray_prefix_cache_queries", labels] == 5 * len(PROMPT)
 
 
 def wait_for(condition: Any, seconds: float = 15) -> None:

@@ -241,6 +241,35 @@ def test_errors_of_the_proxy_have_the_apis_form(cluster: Cluster) -> None:
     assert httpx.get(f"{cluster.url}/v1/models").status_code == 401
 
 
+def test_a_request_begins_when_the_proxy_sees_it(cluster: Cluster) -> None:
+    """The proxy waits for the body, and may queue the request, before a replica hears of it."""
+
+    def dripping() -> Iterator[bytes]:
+        body = json.dumps(question(2)).encode()
+        yield body[:20]
+        time.sleep(1.5)
+        yield body[20:]
+
+    headers = {**HEADERS, "content-type": "application/json"}
+    headers["x-nanoray-arrival"] = str(time.time() - 300)  # a client's own is not believed
+    response = httpx.post(
+        f"{cluster.url}/v1/chat/completions", content=dripping(), headers=headers, timeout=30
+    )
+    answer_id = response.json()["id"]
+
+    def line() -> Any:
+        """Of the replicas' access logs."""
+        for path in cluster.logs():
+            if path.name.startswith("replica_chat_Chat"):
+                for text in path.read_text().splitlines():
+                    if answer_id in text:
+                        return json.loads(text[text.index("{") :])
+
+    times = wait_for(line, 20, "the request's line in the log")
+    for name in ("request_queue_time", "time_to_first_token", "e2e_request_latency"):
+        assert 1.4 < times[f"{name}_s"] < 60
+
+
 @pytest.mark.soak
 def test_replicas_follow_the_load(cluster: Cluster) -> None:
     config = cluster.config(models=[model(20)])
@@ -286,6 +315,7 @@ def test_no_word_and_no_key_is_in_any_log(cluster: Cluster) -> None:
         names.append(path.name)
         for secret in (CANARY, KEY, "cdcdcdcd"):
             assert secret.encode() not in data, f"{secret} is in {path}"
+        assert b"was not set before `ray start`" not in data  # serve_cluster.py sets it
     access = [name for name in names if name.startswith("replica_chat_Chat")]
     assert access, "the replicas' logs were not among them"
 

@@ -37,6 +37,10 @@ class EngineClosedError(NanorayError):
     """The engine was closed; another one has to answer."""
 
 
+class EngineFailedError(NanorayError):
+    """The engine could not compute a request that was fine."""
+
+
 class Engine:
     """Generates and scores for any number of callers at once.
 
@@ -211,6 +215,7 @@ class Engine:
             "waiting": len(scheduler.waiting),
             "busy_slots": slots.num_busy,
             "num_slots": len(slots.all),
+            "busy_tokens": sum(len(slot.tokens) for slot in slots.all if slot.busy),
             "cached_tokens": sum(len(slot.tokens) for slot in slots.all),
             "cache_capacity_tokens": len(slots.all) * self.max_len,
             "version": scheduler.version,
@@ -391,4 +396,4 @@ def _check_scored(reason: str | None, error: str | None) -> None:
     if reason == "abort":
         raise EngineClosedError(f"scoring ended early: {error}.")
     if reason != "stop":
-        raise NanorayError(f"scoring ended early: {error}.")
+        raise EngineFailedError(f"scoring ended early: {error}.")
