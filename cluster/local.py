@@ -101,7 +101,7 @@ class LocalCluster:
             state = json.loads(self._state_file.read_text())
             self.address, self.dashboard = state["address"], state["dashboard"]
             self.nodes = [Process(**node) for node in state["nodes"]]
-            self.gpus = state["gpus"]
+            self.gpus = state.get("gpus", 0)  # not in those of before there were any
             self.redis_port = state["redis_port"]
             self.redis = Process(**state["redis"]) if state["redis"] else None
 

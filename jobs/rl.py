@@ -88,8 +88,9 @@ def scale(config: RlScaleConfig) -> int:
     age_s = _ago_s(found)
     if found["error"] or age_s > _STALE_S:
         why = found["error"] or f"its last sign of life was {age_s:,.0f} s ago"
+        size = "MIN:MAX" if config.actors == "auto" else config.actors
         raise NanorayError(
-            f"run {run} is not running ({why}); start it with --rollout-actors {config.actors}"
+            f"run {run} is not running ({why}); start it with --rollout-actors {size}"
         )
     if config.actors == "auto":
         write_scale(storage.run_dir(run), None)

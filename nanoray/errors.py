@@ -9,3 +9,7 @@ class NanorayError(Exception):
     The message is one sentence that names the cause and the mend. Jobs print it without
     a traceback and exit with 1 (2 for bad usage).
     """
+
+
+class NoGpuError(NanorayError):
+    """A GPU is reserved for a process whose torch sees none; another node may do better."""

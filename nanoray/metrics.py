@@ -52,10 +52,18 @@ class MetricsLog:
             thread every half a minute, and by `sync`.
         keep_until_step: records of later steps are cut off (they are about to be done again).
         sinks: called with every record, in order.
+        guard: raises where the file is another writer's by now; asked before an upload, which would
+            take its place.
     """
 
-    def __init__(self, uri: str, keep_until_step: int, sinks: Sequence[Sink] = ()) -> None:
-        self._uri = uri
+    def __init__(
+        self,
+        uri: str,
+        keep_until_step: int,
+        sinks: Sequence[Sink] = (),
+        guard: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._uri, self._guard = uri, guard
         self._sinks = list(sinks)
         self._writing = threading.Lock()
         self._uploader: threading.Thread | None = None
@@ -121,6 +129,7 @@ class MetricsLog:
             os.fsync(self._file.fileno())
             return
         with self._writing:  # what is uploaded later is newer
+            self._guard()
             storage.write_bytes(self._uri, bytes(self._text))
 
 

@@ -206,8 +206,9 @@ def build(args: AppArgs, config: ChatServiceConfig | None) -> Application:
         options["autoscaling_config"] = {
             "min_replicas": low,
             "max_replicas": high,
-            # Below the slots: another replica shall be there before the queue grows.
-            "target_ongoing_requests": max(1, num_slots * 3 // 4),
+            # Below the slots of one model, which may have all the load: another replica shall be
+            # there before the queue grows.
+            "target_ongoing_requests": max(1, args.num_slots * 3 // 4),
         }
     else:
         options["num_replicas"] = low

@@ -32,9 +32,20 @@ _LOST = "the replica that was answering is lost: ask again."
 def middlewares() -> list[Middleware]:
     """What Serve puts around its proxy; the last one is the outermost."""
     return [
+        Middleware(Arrivals),
         Middleware(BodyLimit, max_bytes=_MAX_BODY_BYTES, timeout_s=_BODY_DEADLINE_S),
         Middleware(ProxyErrors),
     ]
+
+
+class Arrivals:
+    """Notes when a request was there as a whole: a client may be as slow as it likes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(stamped(scope) if scope["type"] == "http" else scope, receive, send)
 
 
 class ProxyErrors:
@@ -48,7 +59,7 @@ class ProxyErrors:
             await self._app(scope, receive, send)
             return
         answer = _Answer(scope, receive, send)
-        await self._app(stamped(_readable(scope)), receive, answer.send)
+        await self._app(_readable(scope), receive, answer.send)
         await answer.end()
 
 

@@ -44,8 +44,11 @@ RULES = {"num_steps": 50, "questions_per_step": 6, "bundle_size": 2}
 
 
 def opener(folder: Path) -> Callable[[], Any]:
-    """A sampler of a tiny model that waits, before each bundle, as many seconds as a file says."""
-    tokenizer_dir, pace = folder / "tokenizer", folder / "pace"
+    """A sampler of a tiny model that waits, before each bundle, as many seconds as a file says.
+
+    Where there is a file ``broken``, which it takes away, its GPU is not to be had.
+    """
+    tokenizer_dir, pace, broken = folder / "tokenizer", folder / "pace", folder / "broken"
     ByteTokenizer().save(tokenizer_dir)
     pace.write_text("0")
     settings = SamplerSettings(
@@ -62,8 +65,13 @@ def opener(folder: Path) -> Callable[[], Any]:
     )
 
     def open_sampler() -> Any:  # nested, so that it travels by value
+        from nanoray.errors import NoGpuError
         from nanoray.rl.rewards import Reward
         from nanoray.rl.sampler import Sampler
+
+        if broken.exists():
+            broken.unlink()
+            raise NoGpuError("torch sees none")
 
         class Paced(Sampler):
             def sample(self, numbers: Sequence[int]) -> list[Group]:
@@ -267,6 +275,29 @@ def test_weights_come_in_mid_bundle_and_a_users_mistake_is_one_sentence(
         client.publish(8, flat.pack({"wte": torch.zeros(3)}))
         with pytest.raises(NanorayError, match="do not fit"):
             go_on()
+    finally:
+        close_pool(pool.handle)
+
+
+@pytest.mark.slow
+def test_a_node_without_the_gpu_it_offers_and_a_stop_in_a_wait(
+    ray_session: None, tmp_path: Path
+) -> None:
+    """Another actor does what one cannot; a learner that waits hears that it is to stop."""
+    (tmp_path / "broken").touch()
+    pool = Pool(tmp_path, PoolSettings(1, 1))
+    try:
+        client = pool.begin("a")
+        client.publish(0, weights(0))
+        assert len(client.take(0, lambda: "").groups) == 6
+        client.trained(0)
+        assert "is lost: torch sees none" in pool.events()
+        pool.pace.write_text("60")
+        client.publish(1, weights(1))
+        start = time.monotonic()
+        assert not client.take(1, lambda: "SIGTERM").groups
+        assert not client.take(1).groups, "another worker's"
+        assert time.monotonic() - start < 20
     finally:
         close_pool(pool.handle)
 

@@ -137,7 +137,7 @@ def test_the_builder_without_autoscaling_or_a_run() -> None:
     assert deployment.max_ongoing_requests == 24
 
 
-@pytest.mark.parametrize(("num_models", "most", "target"), [(1, 24, 12), (3, 56, 36)])
+@pytest.mark.parametrize(("num_models", "most", "target"), [(1, 24, 12), (3, 56, 12)])
 def test_each_model_has_slots_of_its_own(num_models: int, most: int, target: int) -> None:
     models = [{"name": f"m{i}", "run": "talk", "step": 10} for i in range(num_models)]
     config = ChatServiceConfig.model_validate({"models": models})

@@ -12,7 +12,8 @@ import pytest
 from serve_models import AsgiClient
 
 from serve.arrival import ARRIVAL, seconds_ago, stamped
-from serve.proxy import CALLBACK, ProxyErrors, middlewares
+from serve.limits import BodyLimit
+from serve.proxy import CALLBACK, Arrivals, ProxyErrors, middlewares
 
 
 class Proxy:
@@ -42,7 +43,7 @@ class Proxy:
 
 def ask(proxy: Proxy, **headers: str) -> httpx.Response:
     async def post() -> httpx.Response:
-        transport = httpx.ASGITransport(ProxyErrors(proxy))
+        transport = httpx.ASGITransport(ProxyErrors(Arrivals(proxy)))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post("/v1/chat/completions", json={}, headers=headers)
 
@@ -114,7 +115,8 @@ def test_a_stream_that_breaks_off_ends_with_an_event(content_type: str) -> None:
 def test_serve_finds_what_stands_in_front() -> None:
     (path,) = CALLBACK.values()
     assert path == f"{middlewares.__module__}:{middlewares.__name__}"
-    assert middlewares()[-1].cls is ProxyErrors  # the outermost
+    # From within: a body that drips is no delay of ours, and all that goes wrong is told.
+    assert [each.cls for each in middlewares()] == [Arrivals, BodyLimit, ProxyErrors]
 
 
 # ---- arrivals

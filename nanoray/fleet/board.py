@@ -26,7 +26,7 @@ class Board:
     def __init__(self) -> None:
         self._records: deque[dict[str, Any]] = deque(maxlen=10_000)
         self._stop = ""
-        self._unheard_since: float | None = None  # of the stop flag, while no worker has read it
+        self._stopped_s = self._asked_s = 0.0  # when: the flag went up, a worker last asked
         self._verdict: dict[str, Any] = {}
         self._start_step = 0
 
@@ -48,17 +48,17 @@ class Board:
 
     def stop(self, reason: str) -> None:
         if not self._stop:
-            self._stop, self._unheard_since = reason, time.monotonic()
+            self._stop, self._stopped_s = reason, time.monotonic()
 
     def stop_reason(self) -> str:
-        """Why to stop, or an empty string; asked by the workers."""
-        if self._stop:
-            self._unheard_since = None
+        """Why to stop, or an empty string; asked by the workers, twice a second."""
+        self._asked_s = time.monotonic()
         return self._stop
 
     def unheard_s(self) -> float:
-        """For how long no worker has heard that it is to stop."""
-        return time.monotonic() - self._unheard_since if self._unheard_since else 0.0
+        """For how long no worker has been there to hear that it is to stop."""
+        since_s = max(self._stopped_s, self._asked_s)
+        return time.monotonic() - since_s if self._stop else 0.0
 
     def conclude(self, verdict: dict[str, Any]) -> None:
         """How the run ended: its summary, or {"error": ...}. An error stands."""
@@ -106,7 +106,6 @@ class StopWatch:
                 continue
             except ray.exceptions.RayError:
                 self._reason = "the run's driver is gone"
-            if self._reason:
                 return
 
     def __call__(self) -> str:

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from nanoray.errors import NanorayError
+from nanoray.errors import NanorayError, NoGpuError
 
 # Dense peak of the tensor cores in FLOP/s at bf16, by a part of the device's name (vendors'
 # data sheets, without sparsity). The first match wins: longer names stand before shorter ones.
@@ -56,7 +56,7 @@ def reserved_device(on_gpu: bool) -> torch.device:
         on_gpu: a GPU, or a part of one, is reserved for it.
 
     Raises:
-        NanorayError: it is, and torch sees none. On the CPU the work would take days, not fail.
+        NoGpuError: it is, and torch sees none. On the CPU the work would take days, not fail.
     """
     device = pick_device()
     if on_gpu and device.type != "cuda":
@@ -67,9 +67,10 @@ def reserved_device(on_gpu: bool) -> torch.device:
                 f"the NVIDIA driver is probably older than torch's CUDA {torch.version.cuda}, or "
                 f"the node offers more GPUs than it has; `nvidia-smi` there tells both"
             )
-        raise NanorayError(
+        raise NoGpuError(
             f"a GPU is reserved for a process on {socket.gethostname()}, but torch "
-            f"{torch.__version__} sees none: {mend}"
+            f"{torch.__version__} sees none: {mend}; or reserve none (--gpus-per-worker 0, "
+            f"--rollout-gpus 0, --gpus-per-actor 0)"
         )
     if device.type == "cuda" and not on_gpu:
         return torch.device("cpu")

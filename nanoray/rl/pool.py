@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanoray import fleet, storage
 from nanoray.config.rl import MAX_ACTORS
-from nanoray.errors import NanorayError
+from nanoray.errors import NanorayError, NoGpuError
 from nanoray.fleet.pool import loss_reason, users_error
 from nanoray.metrics import Sink
 from nanoray.rl.groups import Group
@@ -101,6 +101,8 @@ class _RayRollouts:
             return await ref
         except ray.exceptions.RayTaskError as error:
             cause = users_error(error)
+            if isinstance(error.cause, NoGpuError):  # another node's may be fine
+                raise ActorLostError(str(cause)) from error
             if isinstance(cause, NanorayError):
                 raise cause from error
             if isinstance(error.cause, ray.exceptions.ObjectLostError):

@@ -128,10 +128,12 @@ class Supervisor:
                 await asyncio.wait_for(self._news.wait(), max(0.0, late_s - time.monotonic()))
             except TimeoutError as error:
                 outline = self.journal.outline(self._seats.values(), self._ledger)
+                mend = "see that rollout actors can start"
+                if patience_s != self._settings.place_deadline_s:
+                    mend += ", or raise --rollout-deadline-s"
                 raise NanorayError(
-                    f"nothing was sampled for {patience_s:.0f} s, step {step} waits "
-                    f"({outline}); see that rollout actors can start, or raise "
-                    f"--rollout-deadline-s"
+                    f"nothing was sampled for {patience_s:.0f} s, step {step} waits ({outline}); "
+                    f"{mend}"
                 ) from error
         self._check(attempt)
         return self._taken[step]

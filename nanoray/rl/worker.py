@@ -188,6 +188,7 @@ class RlWorker(TrainWorker):
         report = ask_together(self.plan.eval_suite, self.model, self.tokenizer, self.world)
         if self.world.is_first:
             self._rollouts.evaluating(False)
+        self.world.gather(None)  # before any worker takes the next groups
         self._held_out = held_out_samples(report)
         metrics = report.metrics
         pass_at = {"pass@1": metrics[f"chat/{self.config['task']}"]} | {

@@ -44,7 +44,7 @@ from nanoray.train.world import World
 
 TRAINER_DEADLINE_S = 600.0  # without any node that could train
 ENDING_DEADLINE_S = 30.0  # of Ray Train, after a mistake that no restart mends
-STOP_DEADLINE_S = 20.0  # for a worker to hear that it is to stop; they ask twice a second
+STOP_DEADLINE_S = 10.0  # for a worker to hear that it is to stop; they ask twice a second
 # Ray tells Prometheus about a process's numbers every 10 s, the last ones included: a NaN that ends
 # a run, or its last evaluation, but for a run that was over in no time.
 LINGER_S = 11.0
@@ -132,8 +132,9 @@ def fit(
 def _give_up(board: Any, fitting: threading.Thread, error: str) -> None:
     """End what Ray Train does, without its workers."""
     ray.get(board.conclude.remote({"error": error}), timeout=30)
-    # A process that ends while a thread of it is still within Ray may crash.
-    fitting.join(ENDING_DEADLINE_S)
+    # A process that ends while a thread of it is still within Ray may crash. A placement that is
+    # waited for must come too late first.
+    fitting.join(ENDING_DEADLINE_S + _placement_s())
 
 
 def _cause(error: BaseException) -> str:
@@ -265,9 +266,13 @@ def _trainer_deadline_s(plan: RunPlan) -> float:
 
 def _placements(plan: RunPlan) -> int:
     """How many placements may come too late before a lost trainer node counts as lost for good."""
+    return 1 + math.ceil(_trainer_deadline_s(plan) / _placement_s())
+
+
+def _placement_s() -> float:
+    """How long Ray Train waits for the places of a worker group."""
     # `fleet.connect` sets it, but not in a process where Ray runs already.
-    each_s = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60))
-    return 1 + math.ceil(_trainer_deadline_s(plan) / each_s)
+    return float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", 60))
 
 
 def _ray_storage(plan: RunPlan) -> str:

@@ -225,7 +225,8 @@ class TrainWorker(ABC):
 
     def _open_log(self) -> MetricsLog:
         uri = storage.join(self.plan.run_dir, "metrics.jsonl")
-        return MetricsLog(uri, self.progress.step, [*self.hooks.sinks, self.hooks.post])
+        sinks = [*self.hooks.sinks, self.hooks.post]
+        return MetricsLog(uri, self.progress.step, sinks, self.hooks.guard)
 
     def run(self) -> dict[str, Any]:
         """Train to the horizon, or until told to stop.
