@@ -88,16 +88,17 @@ def scale(config: RlScaleConfig) -> int:
     age_s = _ago_s(found)
     if found["error"] or age_s > _STALE_S:
         why = found["error"] or f"its last sign of life was {age_s:,.0f} s ago"
-        size = "MIN:MAX" if config.actors == "auto" else config.actors
+        size = config.actors or "MIN:MAX"
         raise NanorayError(
             f"run {run} is not running ({why}); start it with --rollout-actors {size}"
         )
-    if config.actors == "auto":
-        write_scale(storage.run_dir(run), None)
-        print(f"run {run} is told to scale its rollout pool by itself")
-    else:
-        write_scale(storage.run_dir(run), config.actors)
-        print(f"run {run} is told to have {config.actors} rollout actors")
+    write_scale(storage.run_dir(run), config.actors)
+    what = (
+        f"have {config.actors} rollout actors"
+        if config.actors
+        else "scale its rollout pool by itself"
+    )
+    print(f"run {run} is told to {what}")
     return 0
 
 

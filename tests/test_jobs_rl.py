@@ -154,6 +154,8 @@ def test_status_and_scale_find_the_run_that_its_chat_model_names(
     assert "rollout actor 0 is lost: [why]" in printed
     assert jobs.rl.main(["scale", "--from-run", "chatty", "--actors", "3"]) == 0
     assert read_scale(str(folder)) == 3
+    assert jobs.rl.main(["scale", "chatty-rl", "auto"]) == 0
+    assert read_scale(str(folder)) is None
     write_status(status | {"time": time.time() - 100}, str(folder))
     with pytest.raises(NanorayError, match="its last sign of life was 100 s ago"):
         jobs.rl.main(["scale", "chatty-rl", "3"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from nanoray.config.base import JobConfig, WorkerRange
 from nanoray.config.train import TrainConfig
@@ -104,9 +104,15 @@ class RlStatusConfig(JobConfig):
         return self
 
 
+def _auto_is_none(actors: Any) -> Any:
+    return None if actors == "auto" else actors
+
+
 class RlScaleConfig(RlStatusConfig):
     """``python -m jobs.rl scale [RUN ACTORS]``."""
 
-    actors: Annotated[int, Field(ge=1, le=MAX_ACTORS)] | Literal["auto"] = Field(
-        description="rollout actors from now on; auto: the pool grows and shrinks by itself"
+    actors: Annotated[int | None, BeforeValidator(_auto_is_none)] = Field(
+        ge=1,
+        le=MAX_ACTORS,
+        description="rollout actors from now on; auto: the pool grows and shrinks by itself",
     )
