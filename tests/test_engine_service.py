@@ -20,6 +20,7 @@ from engine_models import (
 )
 
 from nanoray.engine import Completion, Delta, Engine, SamplingParams
+from nanoray.engine.delta_inbox import DeltaInbox
 from nanoray.engine.request import ScoreRequest
 from nanoray.errors import NanorayError
 from nanoray.model.gpt import GPT
@@ -312,3 +313,22 @@ def test_a_lost_thread_leaves_nobody_waiting(model: GPT, monkeypatch: pytest.Mon
     with pytest.raises(NanorayError, match="closed"):
         asyncio.run(collect(engine, [1], GREEDY))
     engine.pause()  # returns
+
+
+def test_a_reader_slower_than_the_engine_can_be_cancelled() -> None:
+    """It never waits for a delta; a Ctrl-C, and other tasks, must get through all the same."""
+
+    async def read_on(inbox: DeltaInbox) -> None:
+        for _ in range(100_000):
+            inbox.put(Delta(0, "x", [1], [0.0]))
+            await inbox.take()
+        pytest.fail("nobody else had a turn")
+
+    async def interrupt() -> None:
+        reader = asyncio.create_task(read_on(DeltaInbox(1)))
+        await asyncio.sleep(0.01)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+
+    asyncio.run(interrupt())

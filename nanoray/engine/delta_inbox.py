@@ -36,6 +36,10 @@ class DeltaInbox:
     async def take(self) -> list[Delta]:
         """All that have come; waits for one."""
         self._awaited = True  # before the look: what comes after it wakes
+        if self._came:
+            # A reader that is slower than the engine never waits; but the loop must have its turn,
+            # for others, and to cancel the reader.
+            await asyncio.sleep(0)
         while not self._came:
             self._some.clear()
             await self._some.wait()
