@@ -51,7 +51,7 @@ def bring_back_the_head(cluster: LocalCluster) -> None:
     assert re.search(r"head-\d+ .* alive ", cluster.run("status").stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1500)
 def test_a_run_goes_on_after_the_head_is_lost(
     cluster: LocalCluster, corpus: str, tokenizer_dir: str, monkeypatch: pytest.MonkeyPatch
