@@ -29,7 +29,7 @@ from nanoray.errors import NanorayError
 from nanoray.rl.pool import read_scale, write_status
 
 ROOT = Path(__file__).parents[1]
-STEPS = 12
+STEPS = 20
 
 
 @pytest.fixture(scope="module")

@@ -56,25 +56,36 @@ def reserved_device(on_gpu: bool) -> torch.device:
         on_gpu: a GPU, or a part of one, is reserved for it.
 
     Raises:
-        NoGpuError: it is, and torch sees none. On the CPU the work would take days, not fail.
+        NoGpuError: see `check_reserved_gpu`.
     """
+    if on_gpu:
+        check_reserved_gpu()
     device = pick_device()
-    if on_gpu and device.type != "cuda":
-        if torch.version.cuda is None:
-            mend = "this torch is built without CUDA; install a build that has it"
-        else:
-            mend = (
-                f"the NVIDIA driver is probably older than torch's CUDA {torch.version.cuda}, or "
-                f"the node offers more GPUs than it has; `nvidia-smi` there tells both"
-            )
-        raise NoGpuError(
-            f"a GPU is reserved for a process on {socket.gethostname()}, but torch "
-            f"{torch.__version__} sees none: {mend}; or reserve none (--gpus-per-worker 0, "
-            f"--rollout-gpus 0, --gpus-per-actor 0)"
-        )
     if device.type == "cuda" and not on_gpu:
         return torch.device("cpu")
     return device
+
+
+def check_reserved_gpu() -> None:
+    """Where a GPU is reserved for this process; takes no memory of any.
+
+    Raises:
+        NoGpuError: torch sees none. On the CPU the work would take days, not fail.
+    """
+    if torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        mend = "this torch is built without CUDA; install a build that has it"
+    else:
+        mend = (
+            f"the NVIDIA driver is probably older than torch's CUDA {torch.version.cuda}, or the "
+            f"node offers more GPUs than it has; `nvidia-smi` there tells both"
+        )
+    raise NoGpuError(
+        f"a GPU is reserved for a process on {socket.gethostname()}, but torch "
+        f"{torch.__version__} sees none: {mend}; or reserve none (--gpus-per-worker 0, "
+        f"--rollout-gpus 0, --gpus-per-actor 0)"
+    )
 
 
 def has_fast_bf16(device: torch.device) -> bool:

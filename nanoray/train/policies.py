@@ -22,7 +22,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from nanoray import fleet
-from nanoray.model.precision import reserved_device
+from nanoray.model.precision import check_reserved_gpu
 
 
 class PlacedPolicy(ElasticScalingPolicy):
@@ -96,7 +96,7 @@ class _CheckedBackend(_TorchBackend):
 def _check_gpu(board: Any) -> None:
     """Called in every worker."""
     with fleet.mistakes_told(board):
-        reserved_device(on_gpu=True)
+        check_reserved_gpu()
 
 
 @dataclass
