@@ -241,8 +241,8 @@ def test_errors_of_the_proxy_have_the_apis_form(cluster: Cluster) -> None:
     assert httpx.get(f"{cluster.url}/v1/models").status_code == 401
 
 
-def test_a_request_begins_when_the_proxy_sees_it(cluster: Cluster) -> None:
-    """The proxy waits for the body, and may queue the request, before a replica hears of it."""
+def test_a_request_begins_when_the_proxy_has_all_of_it(cluster: Cluster) -> None:
+    """A client that sends slowly is no latency of ours, and its own word of it is not believed."""
 
     def dripping() -> Iterator[bytes]:
         body = json.dumps(question(2)).encode()
@@ -267,7 +267,7 @@ def test_a_request_begins_when_the_proxy_sees_it(cluster: Cluster) -> None:
 
     times = wait_for(line, 20, "the request's line in the log")
     for name in ("request_queue_time", "time_to_first_token", "e2e_request_latency"):
-        assert 1.4 < times[f"{name}_s"] < 60
+        assert 0 <= times[f"{name}_s"] < 1.4
 
 
 @pytest.mark.soak
